@@ -1,0 +1,59 @@
+# Finds nvcc and defines bitnet_ext_cuda_kernels, an object library of torch-free .cu files.
+# Sets BITNET_EXT_CUDA_FOUND and BITNET_EXT_CUDA_ARCHS.
+#
+# Architectures: BITNET_EXT_CUDA_ARCHS=... (CMake's form, "80-real;90a-real") or TORCH_CUDA_ARCH_LIST
+# (torch's form, "8.0 9.0a+PTX") override the defaults below.
+
+set(BITNET_EXT_CUDA_FOUND OFF)
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES OFF) # set per target, after the compiler's version is known
+endif()
+include(CheckLanguage)
+check_language(CUDA)
+if(CMAKE_CUDA_COMPILER)
+  enable_language(CUDA)
+  set(BITNET_EXT_CUDA_FOUND ON)
+
+  if(DEFINED ENV{BITNET_EXT_CUDA_ARCHS})
+    set(BITNET_EXT_CUDA_ARCHS "$ENV{BITNET_EXT_CUDA_ARCHS}")
+  elseif(DEFINED ENV{TORCH_CUDA_ARCH_LIST})
+    string(REGEX REPLACE "[ ,]+" ";" _list "$ENV{TORCH_CUDA_ARCH_LIST}")
+    foreach(_arch IN LISTS _list)
+      if(NOT _arch MATCHES "^[0-9]+\\.[0-9]+a?(\\+PTX)?$")
+        message(FATAL_ERROR
+          "TORCH_CUDA_ARCH_LIST names '${_arch}'; accepted are forms such as 8.0, 9.0a and 9.0+PTX")
+      endif()
+      string(REPLACE "." "" _number "${_arch}")
+      if(_number MATCHES "\\+PTX$")
+        string(REPLACE "+PTX" "" _number "${_number}")
+        list(APPEND BITNET_EXT_CUDA_ARCHS "${_number}")
+      else()
+        list(APPEND BITNET_EXT_CUDA_ARCHS "${_number}-real")
+      endif()
+    endforeach()
+  else()
+    # Machine code for the data-centre and desktop chips in use; PTX of the newest for what comes later.
+    set(BITNET_EXT_CUDA_ARCHS 80-real 86-real 89-real 90a-real)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+      list(APPEND BITNET_EXT_CUDA_ARCHS 100-real 120-real 90-virtual)
+    else()
+      list(APPEND BITNET_EXT_CUDA_ARCHS 90-virtual)
+    endif()
+  endif()
+
+  file(GLOB _cuda_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu")
+  add_library(bitnet_ext_cuda_kernels OBJECT ${_cuda_sources})
+  set_target_properties(bitnet_ext_cuda_kernels PROPERTIES
+    CUDA_ARCHITECTURES "${BITNET_EXT_CUDA_ARCHS}"
+    CUDA_STANDARD 17
+    CUDA_VISIBILITY_PRESET hidden
+    POSITION_INDEPENDENT_CODE ON)
+  target_include_directories(bitnet_ext_cuda_kernels PRIVATE csrc)
+  # -lineinfo costs nothing at run time and lets a profiler name the line.
+  target_compile_options(bitnet_ext_cuda_kernels PRIVATE
+    -lineinfo --expt-relaxed-constexpr --threads=2 -Xcompiler=-Wall)
+  # The operators themselves are compiled by the host compiler and call the runtime too. It is linked in, so the
+  # module depends on the driver only and not on the toolkit's version.
+  find_package(CUDAToolkit REQUIRED)
+  target_link_libraries(bitnet_ext_cuda_kernels PUBLIC CUDA::cudart_static)
+endif()

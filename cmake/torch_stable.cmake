@@ -1,0 +1,40 @@
+# Defines torch_stable: the headers and libraries an extension needs for torch's stable ABI.
+#
+# find_package(Torch) is avoided on purpose: with a CUDA build of torch it insists on a CUDA toolkit
+# even for CPU sources, and it overrides CMAKE_CUDA_ARCHITECTURES. The stable ABI needs one include
+# folder and three libraries.
+
+# In an isolated build `import torch` fails while `python -I` still sees the environment's own torch.
+set(_probe "import torch, os; print(os.path.dirname(torch.__file__)); print(torch.__version__)")
+foreach(_flags "" "-I")
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} ${_flags} -c "${_probe}"
+    OUTPUT_VARIABLE _torch_found RESULT_VARIABLE _torch_status
+    ERROR_VARIABLE _torch_error OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(_torch_status EQUAL 0)
+    break()
+  endif()
+endforeach()
+if(NOT _torch_status EQUAL 0)
+  message(FATAL_ERROR "bitnet_ext: ${Python_EXECUTABLE} has no torch (needs >= 2.11): ${_torch_error}")
+endif()
+string(REPLACE "\n" ";" _torch_found "${_torch_found}")
+list(GET _torch_found 0 TORCH_DIR)
+list(GET _torch_found 1 TORCH_VERSION)
+message(STATUS "bitnet_ext: torch ${TORCH_VERSION}")
+
+find_library(TORCH_LIBRARY torch PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
+find_library(TORCH_CPU_LIBRARY torch_cpu PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
+
+add_library(torch_stable INTERFACE)
+target_include_directories(torch_stable SYSTEM INTERFACE "${TORCH_DIR}/include")
+# 2.10: the oldest ABI with TORCH_BOX and parallel_for. Headers newer than it are hidden, so one binary
+# runs on every later torch.
+target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
+target_link_libraries(torch_stable INTERFACE ${TORCH_CPU_LIBRARY})
+
+# A CUDA torch resolves aoti_torch_get_current_cuda_stream through libtorch.so only, and the linker
+# would drop that library as unused.
+add_library(torch_stable_cuda INTERFACE)
+target_link_libraries(torch_stable_cuda INTERFACE torch_stable -Wl,--no-as-needed ${TORCH_LIBRARY})
+target_compile_definitions(torch_stable_cuda INTERFACE USE_CUDA)

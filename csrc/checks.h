@@ -1,0 +1,222 @@
+// Argument checks shared by the CPU and CUDA operators.
+//
+// A failed check throws std::runtime_error with one sentence that names the operator, the argument, what was
+// given and what is accepted. STD_TORCH_CHECK is avoided because it puts the function, file and line before
+// the text. Checks must run outside torch::stable::parallel_for, which would replace the text.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace bitnet_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws "bitnet_ext.<op>: <parts...>".
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << "bitnet_ext." << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string shape_text(const std::vector<int64_t>& sizes) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << "]";
+  return text.str();
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end());
+}
+
+inline std::string shape_text(const Tensor& t) {
+  return shape_text(shape_of(t));
+}
+
+inline bool is_float_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// `out_dtype` and `dtype` arguments: what an operator can write.
+inline void check_out_dtype(const char* op, const char* arg, ScalarType dtype) {
+  if (!is_float_dtype(dtype)) {
+    fail(op, arg, " must be float32, bfloat16 or float16; got ", dtype_name(dtype));
+  }
+}
+
+inline void check_dtype(const char* op, const char* arg, const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() != dtype) {
+    fail(op, arg, " must be ", dtype_name(dtype), "; got ", dtype_name(t.scalar_type()));
+  }
+}
+
+inline void check_float(const char* op, const char* arg, const Tensor& t) {
+  if (!is_float_dtype(t.scalar_type())) {
+    fail(op, arg, " must be float32, bfloat16 or float16; got ", dtype_name(t.scalar_type()));
+  }
+}
+
+inline void check_contiguous(const char* op, const char* arg, const Tensor& t) {
+  if (!t.is_contiguous()) fail(op, arg, " must be contiguous; got a strided view of shape ", shape_text(t));
+}
+
+inline void check_cpu(const char* op, const char* arg, const Tensor& t) {
+  if (!t.is_cpu()) fail(op, arg, " must be on the CPU like the other arguments; got another device");
+}
+
+// The dispatcher picks CUDA as soon as one argument is there, so every other argument has to be checked.
+inline void check_cuda(const char* op, const char* arg, const Tensor& t, int32_t device_index) {
+  if (!t.is_cuda())
+    fail(op, arg, " must be on cuda:", device_index, " like the other arguments; got another device");
+  if (t.get_device_index() != device_index) {
+    fail(op,
+         arg,
+         " must be on cuda:",
+         device_index,
+         " like the other arguments; got cuda:",
+         t.get_device_index());
+  }
+}
+
+inline void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim) {
+  if (t.dim() != dim) fail(op, arg, " must have ", dim, " dimension(s); got shape ", shape_text(t));
+}
+
+// A vector of exactly `size` elements.
+inline void check_vector(const char* op, const char* arg, const Tensor& t, int64_t size) {
+  if (t.dim() != 1 || t.numel() != size) {
+    fail(op, arg, " must have shape [", size, "]; got ", shape_text(t));
+  }
+}
+
+inline void check_numel(const char* op, const char* arg, const Tensor& t, int64_t numel) {
+  if (t.numel() != numel) {
+    fail(op, arg, " must have ", numel, " element(s); got ", t.numel(), " in shape ", shape_text(t));
+  }
+}
+
+inline void check_same_shape(
+    const char* op, const char* arg, const Tensor& t, const char* like_arg, const Tensor& like) {
+  if (shape_of(t) != shape_of(like)) {
+    fail(op, arg, " must have the shape of ", like_arg, ", ", shape_text(like), "; got ", shape_text(t));
+  }
+}
+
+// A [.., K] tensor seen as M rows of K.
+struct Rows {
+  int64_t M;
+  int64_t K;
+  std::vector<int64_t> leading;  // the shape without its last dimension
+};
+
+inline Rows check_rows(const char* op, const char* arg, const Tensor& t) {
+  if (t.dim() < 1 || t.size(-1) < 1) {
+    fail(op, arg, " must have shape [.., K] with K >= 1; got ", shape_text(t));
+  }
+  Rows rows;
+  rows.leading = shape_of(t);
+  rows.K = rows.leading.back();
+  rows.leading.pop_back();
+  rows.M = t.numel() / rows.K;
+  return rows;
+}
+
+// A [N, K] weight.
+inline void check_matrix(const char* op, const char* arg, const Tensor& t) {
+  if (t.dim() != 2 || t.size(0) < 1 || t.size(1) < 1) {
+    fail(op, arg, " must have shape [N, K] with N, K >= 1; got ", shape_text(t));
+  }
+}
+
+// The packed form of a [N, K] weight: uint8 [N, ceil(K / 4)].
+inline void check_packed(const char* op, const Tensor& packed, int64_t K) {
+  check_dtype(op, "packed", packed, ScalarType::Byte);
+  check_contiguous(op, "packed", packed);
+  if (K < 1) fail(op, "K must be >= 1; got ", K);
+  const int64_t bytes = (K + 3) / 4;
+  if (packed.dim() != 2 || packed.size(0) < 1 || packed.size(1) != bytes) {
+    fail(op, "packed must have shape [N, ", bytes, "] for K = ", K, "; got ", shape_text(packed));
+  }
+}
+
+// weight_scale of a product: one value, one a row, or one a segment of rows (fused projections).
+inline void check_weight_scale(const char* op,
+                               const Tensor& weight_scale,
+                               int64_t N,
+                               const std::vector<int64_t>& segments) {
+  constexpr size_t kMaxSegments = 16;  // CUDA kernels take the segments by value
+  check_dtype(op, "weight_scale", weight_scale, ScalarType::Float);
+  check_contiguous(op, "weight_scale", weight_scale);
+  if (segments.empty()) {
+    if (weight_scale.numel() != 1 && weight_scale.numel() != N) {
+      fail(op,
+           "weight_scale must have 1 or N = ",
+           N,
+           " element(s) when segments is empty; got ",
+           weight_scale.numel());
+    }
+    return;
+  }
+  if (segments.size() > kMaxSegments) {
+    fail(op, "segments must hold 1 to ", kMaxSegments, " sizes; got ", segments.size());
+  }
+  int64_t total = 0;
+  for (const int64_t size : segments) {
+    // Compared before adding, so that huge sizes cannot overflow the sum.
+    if (size < 1 || size > N - total) {
+      fail(op, "segments must be sizes >= 1 that sum to N = ", N, "; got ", shape_text(segments));
+    }
+    total += size;
+  }
+  if (total != N) fail(op, "segments must be sizes >= 1 that sum to N = ", N, "; got ", shape_text(segments));
+  if (weight_scale.numel() != static_cast<int64_t>(segments.size())) {
+    fail(op,
+         "weight_scale must have one element for each of the ",
+         segments.size(),
+         " segments; got ",
+         weight_scale.numel());
+  }
+}
+
+}  // namespace bitnet_ext

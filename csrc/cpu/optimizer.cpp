@@ -1,0 +1,120 @@
+// Adam over a list of tensors and the sum of squares for gradient clipping. Tensors are cut into fixed chunks, and
+// the chunks of all of them are shared out together, so that many small tensors cost no more than one large one.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+#include "cpu/operators.h"
+
+namespace bitnet_ext::cpu {
+namespace {
+
+using torch::stable::parallel_for;
+
+constexpr int64_t kChunk = 16384;  // elements
+
+struct Chunk {
+  size_t tensor;
+  int64_t start, count;
+};
+
+std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors) {
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t total = tensors[i].numel();
+    for (int64_t start = 0; start < total; start += kChunk) chunks.push_back({i, start, std::min(kChunk, total - start)});
+  }
+  return chunks;
+}
+
+std::string item(const char* arg, size_t i) { return std::string(arg) + "[" + std::to_string(i) + "]"; }
+
+Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
+  const char* op = "sum_of_squares";
+  for (size_t i = 0; i < tensors.size(); ++i) check_input(op, item("tensors", i).c_str(), tensors[i]);
+  const Kernels& table = kernels();
+  const std::vector<Chunk> chunks = chunks_of(tensors);
+  std::vector<double> sums(chunks.size());
+  parallel_for(0, static_cast<int64_t>(chunks.size()), grain_for(kChunk * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Chunk& chunk = chunks[static_cast<size_t>(c)];
+      const Tensor& t = tensors[chunk.tensor];
+      const auto* data = static_cast<const char*>(t.const_data_ptr());
+      sums[static_cast<size_t>(c)] = table.sum_of_squares(
+          data + chunk.start * static_cast<int64_t>(t.element_size()), dtype_of(t.scalar_type()), chunk.count);
+    }
+  });
+  Tensor result = new_tensor({}, ScalarType::Double);
+  double total = 0.0;
+  for (const double sum : sums) total += sum;
+  *static_cast<double*>(result.mutable_data_ptr()) = total;
+  return result;
+}
+
+// The data pointers of a list that has to match params.
+std::vector<float*> matching_data(const char* op, const char* arg, const std::vector<Tensor>& list,
+                                  const std::vector<Tensor>& params) {
+  if (list.size() != params.size()) {
+    fail(op, arg, " must hold as many tensors as params, ", params.size(), "; got ", list.size());
+  }
+  std::vector<float*> data;
+  for (size_t i = 0; i < list.size(); ++i) {
+    const std::string name = item(arg, i);
+    check_input(op, name.c_str(), list[i], ScalarType::Float);
+    check_same_shape(op, name.c_str(), list[i], item("params", i).c_str(), params[i]);
+    data.push_back(static_cast<float*>(list[i].mutable_data_ptr()));
+  }
+  return data;
+}
+
+void adam_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avg,
+                const std::vector<Tensor>& exp_avg_sq, const Tensor& hyper, const Tensor& grad_scale, double beta1,
+                double beta2, double eps, bool decoupled, bool decay) {
+  const char* op = "adam_step_";
+  const std::vector<float*> p = matching_data(op, "params", params, params);
+  const std::vector<float*> g = matching_data(op, "grads", grads, params);
+  const std::vector<float*> m = matching_data(op, "exp_avg", exp_avg, params);
+  const std::vector<float*> v = matching_data(op, "exp_avg_sq", exp_avg_sq, params);
+  check_input(op, "hyper", hyper, ScalarType::Float);
+  check_vector(op, "hyper", hyper, 4);
+  check_input(op, "grad_scale", grad_scale, ScalarType::Float);
+  check_numel(op, "grad_scale", grad_scale, 1);
+  const auto* h = static_cast<const float*>(hyper.const_data_ptr());
+  const float lr = h[0], weight_decay = h[1], bias1 = h[2], bias2 = h[3];
+  if (!(bias1 > 0.0f && bias2 > 0.0f)) {
+    fail(op, "hyper must hold (lr, weight_decay, 1 - beta1^t, 1 - beta2^t) with the last two > 0; got ", bias1, " and ", bias2);
+  }
+
+  AdamStep step = {};
+  step.beta1 = static_cast<float>(beta1);
+  step.one_minus_beta1 = static_cast<float>(1.0 - beta1);
+  step.beta2 = static_cast<float>(beta2);
+  step.one_minus_beta2 = static_cast<float>(1.0 - beta2);
+  step.grad_scale = *static_cast<const float*>(grad_scale.const_data_ptr());
+  step.l2 = weight_decay;
+  step.shrink = static_cast<float>(1.0 - static_cast<double>(lr) * static_cast<double>(weight_decay));
+  step.step_size = lr / bias1;
+  step.inv_sqrt_bias = static_cast<float>(1.0 / std::sqrt(static_cast<double>(bias2)));
+  step.eps = static_cast<float>(eps);
+  step.has_l2 = decay && !decoupled;
+  step.has_shrink = decay && decoupled;
+
+  const Kernels& table = kernels();
+  const std::vector<Chunk> chunks = chunks_of(params);
+  parallel_for(0, static_cast<int64_t>(chunks.size()), grain_for(kChunk * 28), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const auto [i, start, count] = chunks[static_cast<size_t>(c)];
+      table.adam(p[i] + start, g[i] + start, m[i] + start, v[i] + start, count, step);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CPU, m) {
+  m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));
+  m.impl("adam_step_", TORCH_BOX(&adam_step_));
+}
+
+}  // namespace bitnet_ext::cpu

@@ -1,0 +1,56 @@
+// From int32 sums to outputs, the same for the GEMV and the GEMM.
+#pragma once
+
+#include "cuda/common/vec.cuh"
+#include "cuda/int8xint2.h"
+
+namespace bitnet_ext::cuda {
+
+// Scale and bias of output column n.
+struct ColumnFactors {
+  float scale;
+  float bias;
+};
+
+__device__ __forceinline__ ColumnFactors column_factors(const Int8xInt2Args& args, int64_t n) {
+  ColumnFactors factors{1.0f, 0.0f};
+  if (args.raw) return factors;
+  int64_t index = n;
+  if (!args.scale_per_row) {
+    index = 0;
+    while (n >= args.segment_end[index]) ++index;
+  }
+  factors.scale = args.weight_scale[index];
+  if (args.bias != nullptr) factors.bias = args.bias[n];
+  return factors;
+}
+
+// Each operation is rounded by itself: the reference computes it that way, and a fused multiply-add would
+// not.
+__device__ __forceinline__ float scaled_output(const Int8xInt2Args& args,
+                                               int acc,
+                                               float act_scale,
+                                               const ColumnFactors& factors) {
+  const float product = __fmul_rn(__fmul_rn(__int2float_rn(acc), act_scale), factors.scale);
+  return args.bias != nullptr ? __fadd_rn(product, factors.bias) : product;
+}
+
+// Writes out[m, n].
+__device__ __forceinline__ void store_output(
+    const Int8xInt2Args& args, int64_t m, int64_t n, int acc, float act_scale, const ColumnFactors& factors) {
+  const int64_t offset = m * args.N + n;
+  if (args.raw) {
+    static_cast<int32_t*>(args.out)[offset] = acc;
+    return;
+  }
+  const float y = scaled_output(args, acc, act_scale, factors);
+  if (args.out_dtype == DType::kFloat32) {
+    static_cast<float*>(args.out)[offset] = y;
+  } else if (args.out_dtype == DType::kBFloat16) {
+    static_cast<__nv_bfloat16*>(args.out)[offset] = __float2bfloat16_rn(y);
+  } else {
+    static_cast<__half*>(args.out)[offset] = __float2half_rn(y);
+  }
+}
+
+}  // namespace bitnet_ext::cuda

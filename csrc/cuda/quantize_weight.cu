@@ -1,0 +1,135 @@
+// Absmean quantisation of a latent weight to {-1, 0, 1}.
+//
+//   s = max(mean |w|, 1e-5);   code = clamp(rint(w / s), -1, 1)       w [N, K] -> codes [N, K] or packed
+//   bytes
+//
+// Two launches: fp64 partial sums over fixed runs of elements, then codes. Every block of the second launch
+// adds the (at most 1,024) partials itself, in one order, which costs 8 KB of L2 reads and saves a third
+// launch; no atomics, so the scale is the same bits every time. Bound by memory: the weight is read twice,
+// the second time partly from L2.
+//
+// rint(w / s) = 1 exactly when w / s > 0.5 (a tie rounds to the even 0), and w > 0.5f * s is the same
+// condition in fp32 because halving is exact; so no division is needed. A NaN or Inf in the weight makes s
+// NaN.
+#include "cuda/common/dispatch.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/row_tiling.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/quantize_weight.h"
+#include "packing.h"
+
+namespace bitnet_ext::cuda {
+namespace {
+
+constexpr int kThreads = RowTiling::kThreads;
+// Blocks of the second pass: enough to fill any GPU, few enough that adding up the partials stays small.
+constexpr uint32_t kMaxBlocks = 2048;
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads)
+    absmean_partials_kernel(const scalar_t* __restrict__ weight,
+                            int64_t numel,
+                            int64_t run,  // elements of a partial sum, a multiple of kVec
+                            double* __restrict__ partials) {
+  constexpr int kVec = 16 / static_cast<int>(sizeof(scalar_t));
+  __shared__ double scratch[kThreads / 32];
+  const int64_t begin = blockIdx.x * run;
+  const int64_t end = min(begin + run, numel);
+  const bool aligned = is_aligned(weight, 16);
+
+  double sums[kVec] = {};
+#pragma unroll 4
+  for (int64_t k = begin + threadIdx.x * kVec; k < end; k += kThreads * kVec) {
+    float values[kVec];
+    load_floats(weight + k, end - k, aligned, values);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sums[i] += static_cast<double>(fabsf(values[i]));
+  }
+#pragma unroll
+  for (int i = 1; i < kVec; ++i) sums[0] += sums[i];
+  const double sum = block_sum<kThreads>(sums[0], scratch);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// One unit is four weights: one packed byte, or four int8 codes.
+template <typename scalar_t, bool kPack>
+__global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const scalar_t* __restrict__ weight,
+                                                                   RowTiling tiling,
+                                                                   int64_t K,
+                                                                   const double* __restrict__ partials,
+                                                                   int num_partials,
+                                                                   void* __restrict__ out,
+                                                                   float* __restrict__ weight_scale) {
+  __shared__ double scratch[kThreads / 32];
+  double sum = 0.0;
+  for (int i = threadIdx.x; i < num_partials; i += kThreads) sum += partials[i];
+  sum = block_sum<kThreads>(sum, scratch);
+  const float mean = static_cast<float>(sum / (static_cast<double>(tiling.rows) * static_cast<double>(K)));
+  float scale = mean < 1e-5f ? 1e-5f : mean;               // keeps a NaN
+  if (isinf(scale)) scale = __uint_as_float(0x7fffffffu);  // a weight of Inf is an error too
+  if (blockIdx.x == 0 && threadIdx.x == 0) *weight_scale = scale;
+  const float half = __fmul_rn(0.5f, scale);
+
+  constexpr unsigned kLoadBytes = 4 * sizeof(scalar_t);
+  for (uint32_t tile = blockIdx.x; tile < tiling.num_tiles; tile += gridDim.x) {
+    const int64_t row = tiling.row(tile);
+    const int64_t unit = tiling.unit(tile);
+    if (row >= tiling.rows || unit >= tiling.units) continue;
+    const int64_t offset = row * K + unit * 4;
+    const int64_t valid = K - unit * 4;
+    float values[4];
+    load_floats(weight + offset, valid, is_aligned(weight + offset, kLoadBytes), values);
+    int codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      codes[i] = static_cast<int>(values[i] > half) - static_cast<int>(values[i] < -half);
+    }
+    if constexpr (kPack) {
+      // Places beyond K were read as 0 and become code 0, as the layout demands.
+      const int byte = (codes[0] + 1) | (codes[1] + 1) << 2 | (codes[2] + 1) << 4 | (codes[3] + 1) << 6;
+      static_cast<uint8_t*>(out)[row * tiling.units + unit] = static_cast<uint8_t>(byte);
+    } else {
+      int8_t* target = static_cast<int8_t*>(out) + offset;
+      store_int8(target, valid, is_aligned(target, 4), codes);
+    }
+  }
+}
+
+template <typename scalar_t>
+cudaError_t launch(const QuantizeWeightArgs& args, cudaStream_t stream) {
+  const scalar_t* weight = static_cast<const scalar_t*>(args.weight);
+  const int64_t numel = args.N * args.K;
+  const int64_t num_partials = absmean_partials(numel);
+  const int64_t run = ceil_div(ceil_div(numel, num_partials), 8) * 8;
+  const RowTiling tiling = make_row_tiling(args.N, packed_bytes(args.K));
+  if (tiling.num_tiles == 0) return cudaErrorInvalidConfiguration;
+
+  absmean_partials_kernel<scalar_t>
+      <<<static_cast<unsigned>(num_partials), kThreads, 0, stream>>>(weight, numel, run, args.partials);
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) return status;
+
+  const unsigned blocks = tiling.num_tiles < kMaxBlocks ? tiling.num_tiles : kMaxBlocks;
+  if (args.packed != nullptr) {
+    quantize_weight_kernel<scalar_t, true><<<blocks, kThreads, 0, stream>>>(weight,
+                                                                            tiling,
+                                                                            args.K,
+                                                                            args.partials,
+                                                                            static_cast<int>(num_partials),
+                                                                            args.packed,
+                                                                            args.weight_scale);
+  } else {
+    quantize_weight_kernel<scalar_t, false><<<blocks, kThreads, 0, stream>>>(
+        weight, tiling, args.K, args.partials, static_cast<int>(num_partials), args.codes, args.weight_scale);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_quantize_weight(const QuantizeWeightArgs& args, cudaStream_t stream) {
+  return dispatch_dtype(args.dtype,
+                        [&](auto tag) { return launch<typename decltype(tag)::type>(args, stream); });
+}
+
+}  // namespace bitnet_ext::cuda

@@ -1,0 +1,33 @@
+// A latent weight to ternary codes, as int8 or packed, with the scale of the whole matrix.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/dtype.h"
+
+namespace bitnet_ext::cuda {
+
+struct QuantizeWeightArgs {
+  const void* weight;  // [N, K] of `dtype`
+  DType dtype;
+  int64_t N, K;
+  double* partials;     // [absmean_partials(N * K)], workspace
+  int8_t* codes;        // [N, K], or null
+  uint8_t* packed;      // [N, ceil(K / 4)], or null; exactly one of the two is given
+  float* weight_scale;  // []
+};
+
+// How many fp64 partial sums the first pass writes: a function of the element count only, so that the scale
+// does not depend on the device.
+constexpr int64_t absmean_partials(int64_t numel) {
+  constexpr int64_t kElementsPerPartial = 4096;
+  constexpr int64_t kMaxPartials = 1024;
+  const int64_t wanted = (numel + kElementsPerPartial - 1) / kElementsPerPartial;
+  return wanted < kMaxPartials ? wanted : kMaxPartials;
+}
+
+cudaError_t launch_quantize_weight(const QuantizeWeightArgs& args, cudaStream_t stream);
+
+}  // namespace bitnet_ext::cuda

@@ -1,0 +1,40 @@
+// Statistics and gradient of a softmax over the rows of [T, V] logits.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/dtype.h"
+
+namespace bitnet_ext::cuda {
+
+struct SoftmaxStatsArgs {
+  const void* logits;  // [T, V] of `dtype`
+  DType dtype;
+  const int64_t* target;  // [T]
+  int64_t T, V;
+  float* lse;           // [T] each
+  float* target_logit;  // 0 where the target is negative, NaN where it is V or more
+  float* mean_logit;
+  float* expected_logit;
+  int64_t* argmax;
+};
+
+cudaError_t launch_softmax_stats(const SoftmaxStatsArgs& args, cudaStream_t stream);
+
+struct SoftmaxGradArgs {
+  void* logits;  // [T, V] of `dtype`, overwritten
+  DType dtype;
+  const int64_t* target;      // [T]
+  const float* lse;           // [T]
+  const float* row_scale;     // [T]
+  const float* row_coef;      // [T]
+  const float* log_marginal;  // [V] or null
+  int64_t T, V;
+  float entropy_weight, diversity_weight, target_weight, uniform_weight;
+};
+
+cudaError_t launch_softmax_grad(const SoftmaxGradArgs& args, cudaStream_t stream);
+
+}  // namespace bitnet_ext::cuda

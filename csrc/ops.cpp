@@ -1,0 +1,45 @@
+// Every operator's schema, once. The implementations are registered by csrc/cpu/*.cpp (key CPU) and
+// csrc/cuda/ops.cpp (key CUDA); fake kernels and autograd by bitnet_ext/_ops.py.
+//
+// Shapes: M tokens, N out_features, K in_features. `x` and its int8 form keep their leading dimensions.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(bitnet_ext, m) {
+  // --- quantisation ---
+  m.def("quantize_act_int8(Tensor x) -> (Tensor x_i8, Tensor act_scale)");
+  m.def("rms_norm_quantize(Tensor x, Tensor? gain, float eps) -> (Tensor x_i8, Tensor act_scale, Tensor rstd)");
+  m.def("quantize_weight_ternary(Tensor weight) -> (Tensor codes, Tensor weight_scale)");
+  m.def("quantize_pack_weight(Tensor weight) -> (Tensor packed, Tensor weight_scale)");
+  // --- packing ---
+  m.def("pack_ternary(Tensor codes) -> Tensor");
+  m.def("unpack_ternary(Tensor packed, int K) -> Tensor");
+  m.def("dequantize_ternary(Tensor packed, Tensor weight_scale, int K, ScalarType dtype) -> Tensor");
+  m.def("dequantize_act(Tensor x_i8, Tensor act_scale, ScalarType dtype) -> Tensor");
+  // --- products ---
+  m.def("int8xint2_mm_int32(Tensor x_i8, Tensor packed) -> Tensor");
+  m.def(
+      "int8xint2_mm(Tensor x_i8, Tensor act_scale, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "int[] segments, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "bit_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, "
+      "bool normalize, ScalarType out_dtype) -> "
+      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor packed, Tensor weight_scale)");
+  m.def(
+      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor grad_gain)");
+  // --- optimiser ---
+  m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
+  m.def(
+      "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+      "Tensor hyper, Tensor grad_scale, float beta1, float beta2, float eps, bool decoupled, bool decay) -> ()");
+  // --- loss ---
+  m.def(
+      "softmax_stats(Tensor logits, Tensor target) -> "
+      "(Tensor lse, Tensor target_logit, Tensor mean_logit, Tensor expected_logit, Tensor argmax)");
+  m.def(
+      "softmax_grad_(Tensor(a!) logits, Tensor target, Tensor lse, Tensor row_scale, Tensor row_coef, "
+      "Tensor? log_marginal, float entropy_weight, float diversity_weight, float target_weight, "
+      "float uniform_weight) -> ()");
+  // --- settings of the process, for tests and bug reports ---
+  m.def("_cpu_isa() -> str");
+  m.def("_set_cpu_isa(str isa) -> ()");
+}
