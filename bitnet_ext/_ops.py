@@ -1,0 +1,206 @@
+"""Fake kernels (shapes for tracing) and autograd of the operators declared in csrc/ops.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.bitnet_ext
+
+
+def _packed_width(K: int) -> int:
+    return (K + 3) // 4
+
+
+# --- fake kernels: the shape, dtype and (contiguous) strides of every result --------------------------------
+
+
+def _quantize_act_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _rms_norm_quantize(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    x_i8, act_scale = _quantize_act_int8(x)
+    return x_i8, act_scale, torch.empty_like(act_scale)
+
+
+def _quantize_weight_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty((), dtype=torch.float32)
+
+
+def _quantize_pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    packed = weight.new_empty((N, _packed_width(K)), dtype=torch.uint8)
+    return packed, weight.new_empty((), dtype=torch.float32)
+
+
+def _pack_ternary(codes: Tensor) -> Tensor:
+    N, K = codes.shape
+    return codes.new_empty((N, _packed_width(K)), dtype=torch.uint8)
+
+
+def _unpack_ternary(packed: Tensor, K: int) -> Tensor:
+    return packed.new_empty((packed.shape[0], K), dtype=torch.int8)
+
+
+def _dequantize_ternary(packed: Tensor, weight_scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((packed.shape[0], K), dtype=dtype)
+
+
+def _dequantize_act(x_i8: Tensor, act_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return x_i8.new_empty(x_i8.shape, dtype=dtype)
+
+
+def _int8xint2_mm_int32(x_i8: Tensor, packed: Tensor) -> Tensor:
+    return x_i8.new_empty((*x_i8.shape[:-1], packed.shape[0]), dtype=torch.int32)
+
+
+def _int8xint2_mm(
+    x_i8: Tensor,
+    act_scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    segments: list[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_i8.new_empty((*x_i8.shape[:-1], packed.shape[0]), dtype=out_dtype)
+
+
+def _bit_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    normalize: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_i8, act_scale = _quantize_act_int8(x)
+    rstd = x.new_empty(x.shape[:-1] if normalize else (0,), dtype=torch.float32)
+    packed, weight_scale = _quantize_pack_weight(weight)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    return y, x_i8, act_scale, rstd, packed, weight_scale
+
+
+def _rms_norm_backward(grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    grad_gain = x.new_empty((0,) if gain is None else (x.shape[-1],), dtype=torch.float32)
+    return x.new_empty(x.shape), grad_gain
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty((), dtype=torch.float64)
+
+
+def _adam_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    hyper: Tensor,
+    grad_scale: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decoupled: bool,
+    decay: bool,
+) -> None:
+    return None
+
+
+def _softmax_stats(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T = logits.shape[0]
+    lse, target_logit, mean_logit, expected_logit = (
+        logits.new_empty((T,), dtype=torch.float32) for _ in range(4)
+    )
+    return lse, target_logit, mean_logit, expected_logit, logits.new_empty((T,), dtype=torch.int64)
+
+
+def _softmax_grad_(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    row_scale: Tensor,
+    row_coef: Tensor,
+    log_marginal: Tensor | None,
+    entropy_weight: float,
+    diversity_weight: float,
+    target_weight: float,
+    uniform_weight: float,
+) -> None:
+    return None
+
+
+_FAKES = {
+    "quantize_act_int8": _quantize_act_int8,
+    "rms_norm_quantize": _rms_norm_quantize,
+    "quantize_weight_ternary": _quantize_weight_ternary,
+    "quantize_pack_weight": _quantize_pack_weight,
+    "pack_ternary": _pack_ternary,
+    "unpack_ternary": _unpack_ternary,
+    "dequantize_ternary": _dequantize_ternary,
+    "dequantize_act": _dequantize_act,
+    "int8xint2_mm_int32": _int8xint2_mm_int32,
+    "int8xint2_mm": _int8xint2_mm,
+    "bit_linear": _bit_linear,
+    "rms_norm_backward": _rms_norm_backward,
+    "sum_of_squares": _sum_of_squares,
+    "adam_step_": _adam_step_,
+    "softmax_stats": _softmax_stats,
+    "softmax_grad_": _softmax_grad_,
+}
+
+
+# --- autograd of bit_linear: the straight-through estimator ------------------------------------------------
+
+
+def _bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, norm_weight, _eps, normalize, _out_dtype = inputs
+    _y, x_i8, act_scale, rstd, packed, weight_scale = output
+    # The norm's backward needs x itself; without a norm the int8 form is all that is kept.
+    ctx.save_for_backward(x if normalize else None, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
+    ctx.normalize = normalize
+    ctx.x_dtype = x.dtype
+    ctx.weight_dtype = weight.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _bit_linear_backward(ctx: Any, grad_y: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    """dL/dx_q = g W_q and dL/dW = g^T x_q, passed unchanged through both quantisers."""
+    x, norm_weight, x_i8, act_scale, rstd, packed, weight_scale = ctx.saved_tensors
+    K = x_i8.shape[-1]
+    grad = grad_y.reshape(-1, grad_y.shape[-1])
+    grad_x = grad_weight = grad_bias = grad_gain = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+        weight_q = _ops.dequantize_ternary(packed, weight_scale, K, grad.dtype)
+        grad_x = torch.mm(grad, weight_q).reshape(x_i8.shape)
+        if ctx.normalize:
+            grad_x, grad_gain = _ops.rms_norm_backward(grad_x, x, norm_weight, rstd)
+        else:
+            grad_x = grad_x.to(ctx.x_dtype)
+    if ctx.needs_input_grad[1]:
+        x_q = _ops.dequantize_act(x_i8, act_scale, grad.dtype)
+        grad_weight = torch.mm(grad.t(), x_q.reshape(-1, K)).to(ctx.weight_dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    if norm_weight is None:
+        grad_gain = None
+    return grad_x, grad_weight, grad_bias, grad_gain, None, None, None
+
+
+_registered = False
+
+
+def register() -> None:
+    """Registers the fakes and the autograd formulas, once a process."""
+    global _registered
+    if _registered:
+        return
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"bitnet_ext::{name}", fake)
+    torch.library.register_autograd(
+        "bitnet_ext::bit_linear", _bit_linear_backward, setup_context=_bit_linear_setup
+    )
+    _registered = True

@@ -1,0 +1,8 @@
+"""Modules: the training form and the packed form of a BitLinear layer, and conversion of whole models."""
+
+from bitnet_ext.nn.bit_linear import QUANTIZATIONS, BitLinear
+from bitnet_ext.nn.convert import convert_linear, pack_model
+from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
+from bitnet_ext.nn.rms_norm import RMSNorm
+
+__all__ = ["QUANTIZATIONS", "BitLinear", "PackedBitLinear", "RMSNorm", "convert_linear", "pack_model"]

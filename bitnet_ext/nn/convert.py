@@ -1,0 +1,100 @@
+"""Conversion of whole models: nn.Linear -> BitLinear for training, BitLinear -> PackedBitLinear to run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from bitnet_ext.nn.bit_linear import BitLinear
+from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def convert_linear(
+    model: ModuleT, *, skip: Iterable[str] = ("lm_head",), quantization: str = "b1.58", norm: bool = False
+) -> ModuleT:
+    """Replaces, in place, every ``nn.Linear`` of `model` by a :class:`BitLinear` that shares its parameters.
+
+    Args:
+        model: any module; itself returned. A model that is an nn.Linear is returned as a BitLinear.
+        skip: names of layers to leave (the last part of the dotted name, or the whole), by default the
+            output head, which BitNet b1.58 keeps in full precision.
+        quantization: of the new layers.
+        norm: gives each new layer an RMSNorm of its own, as the b1.58 FAQ advises for a model whose blocks
+            have no norm before their products.
+
+    Raises:
+        ValueError: when there is no layer to convert.
+    """
+    skipped = set(skip)
+
+    def build(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is not nn.Linear or name in skipped or name.rsplit(".", 1)[-1] in skipped:
+            return None
+        layer = BitLinear(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            norm=norm,
+            quantization=quantization,
+            device=module.weight.device,
+            dtype=module.weight.dtype,
+        )
+        layer.weight = module.weight
+        if module.bias is not None:
+            layer.bias = module.bias
+        return layer
+
+    model, count = _replace(model, build)
+    if count == 0:
+        raise ValueError(
+            f"convert_linear: model must hold an nn.Linear outside skip = {sorted(skipped)}, "
+            f"{type(model).__name__} has none"
+        )
+    return model
+
+
+def pack_model(model: ModuleT, *, inplace: bool = False) -> ModuleT:
+    """Replaces every quantised :class:`BitLinear` by a :class:`PackedBitLinear`, for inference.
+
+    The packed model's logits are the training forward's, bit for bit on one device. Other parameters are
+    kept; nothing requires a gradient afterwards.
+
+    Args:
+        inplace: changes `model` itself, otherwise a copy.
+
+    Raises:
+        ValueError: when the model has no quantised BitLinear, or one with NaN or Inf weights.
+    """
+
+    def build(name: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, BitLinear) and module.is_quantized:
+            return PackedBitLinear.from_bit_linear(module)
+        return None
+
+    model, count = _replace(model if inplace else copy.deepcopy(model), build)
+    if count == 0:
+        raise ValueError(
+            f"pack_model: model must hold a quantised BitLinear, {type(model).__name__} has none"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def _replace(model: ModuleT, build: Callable[[str, nn.Module], nn.Module | None]) -> tuple[ModuleT, int]:
+    root = build("", model)
+    if root is not None:
+        return root, 1  # type: ignore[return-value]
+    count = 0
+    for name, module in list(model.named_modules()):
+        for child_name, child in list(module.named_children()):
+            full_name = f"{name}.{child_name}" if name else child_name
+            new = build(full_name, child)
+            if new is not None:
+                new.train(child.training)
+                setattr(module, child_name, new)
+                count += 1
+    return model, count

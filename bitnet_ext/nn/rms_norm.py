@@ -1,0 +1,27 @@
+"""RMSNorm with a gain (Zhang & Sennrich, arXiv 1910.07467)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean x^2 + eps) * weight`` over the last dimension, computed in float32.
+
+    Args:
+        features: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.features = features
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x.float(), (self.features,), self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}"

@@ -1,0 +1,75 @@
+"""Functional operators, each with a ``*_ref`` twin in plain PyTorch that defines it.
+
+Shapes: M tokens, N out_features, K in_features. Activations keep their leading dimensions.
+"""
+
+from bitnet_ext.ops.bit_linear import bit_linear, bit_linear_ref
+from bitnet_ext.ops.loss import (
+    LinearCrossEntropyOutput,
+    SoftmaxStats,
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
+    softmax_stats,
+    softmax_stats_ref,
+)
+from bitnet_ext.ops.matmul import int8xint2_mm, int8xint2_mm_ref
+from bitnet_ext.ops.optimizer import adam_step_, adam_step_ref, sum_of_squares, sum_of_squares_ref
+from bitnet_ext.ops.packing import (
+    dequantize_ternary,
+    dequantize_ternary_ref,
+    pack_ternary,
+    pack_ternary_ref,
+    unpack_ternary,
+    unpack_ternary_ref,
+)
+from bitnet_ext.ops.quantize import (
+    dequantize_act,
+    dequantize_act_ref,
+    quantize_act_int8,
+    quantize_act_int8_ref,
+    quantize_pack_weight,
+    quantize_pack_weight_ref,
+    quantize_weight_ternary,
+    quantize_weight_ternary_ref,
+)
+from bitnet_ext.ops.rms_norm import (
+    rms_norm_backward,
+    rms_norm_backward_ref,
+    rms_norm_quantize,
+    rms_norm_quantize_ref,
+)
+
+__all__ = [
+    "LinearCrossEntropyOutput",
+    "SoftmaxStats",
+    "adam_step_",
+    "adam_step_ref",
+    "bit_linear",
+    "bit_linear_ref",
+    "dequantize_act",
+    "dequantize_act_ref",
+    "dequantize_ternary",
+    "dequantize_ternary_ref",
+    "int8xint2_mm",
+    "int8xint2_mm_ref",
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
+    "pack_ternary",
+    "pack_ternary_ref",
+    "quantize_act_int8",
+    "quantize_act_int8_ref",
+    "quantize_pack_weight",
+    "quantize_pack_weight_ref",
+    "quantize_weight_ternary",
+    "quantize_weight_ternary_ref",
+    "rms_norm_backward",
+    "rms_norm_backward_ref",
+    "rms_norm_quantize",
+    "rms_norm_quantize_ref",
+    "softmax_stats",
+    "softmax_stats_ref",
+    "sum_of_squares",
+    "sum_of_squares_ref",
+    "unpack_ternary",
+    "unpack_ternary_ref",
+]

@@ -1,0 +1,79 @@
+"""torch.library.opcheck of every registered operator: schema, fake kernel, autograd registration, AOT dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bitnet_ext import _ops, ops
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def samples(device: str) -> dict[str, tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
+    M, N, K, V = 5, 12, 37, 61
+    x, weight, gain, bias = make(2, M, K), make(N, K), make(K), make(N)
+    x_i8, act_scale, rstd = ops.rms_norm_quantize(x, gain)
+    packed, weight_scale = ops.quantize_pack_weight(weight)
+    logits, target = make(M, V), torch.tensor([3, -100, 60, 0, 9], device=device)
+    stats = ops.softmax_stats(logits, target)
+    pair = [make(3, 4), make(7)]
+    moments = [torch.zeros_like(t) for t in pair], [torch.zeros_like(t) for t in pair]
+    hyper = torch.tensor([1e-3, 0.1, 0.1, 0.05], device=device)
+    one = torch.ones((), device=device)
+    return {
+        "quantize_act_int8": (x,),
+        "rms_norm_quantize": (x, gain, 1e-5),
+        "quantize_weight_ternary": (weight,),
+        "quantize_pack_weight": (weight,),
+        "pack_ternary": (ops.quantize_weight_ternary(weight)[0],),
+        "unpack_ternary": (packed, K),
+        "dequantize_ternary": (packed, weight_scale, K, torch.bfloat16),
+        "dequantize_act": (x_i8, act_scale, torch.float32),
+        "int8xint2_mm_int32": (x_i8, packed),
+        "int8xint2_mm": (x_i8, act_scale, packed, torch.rand(2, device=device), bias, [5, 7], torch.bfloat16),
+        "bit_linear": (
+            x.clone().requires_grad_(),
+            weight.clone().requires_grad_(),
+            bias.clone().requires_grad_(),
+            gain.clone().requires_grad_(),
+            1e-5,
+            True,
+            torch.float32,
+        ),
+        "rms_norm_backward": (make(2, M, K), x.detach(), gain.detach(), rstd),
+        "sum_of_squares": (pair,),
+        "adam_step_": (pair, [make(3, 4), make(7)], *moments, hyper, one, 0.9, 0.95, 1e-8, False, True),
+        "softmax_stats": (logits, target),
+        "softmax_grad_": (
+            logits.clone(),
+            target,
+            stats.lse,
+            make(M),
+            make(M),
+            make(V),
+            0.1,
+            0.2,
+            0.9,
+            0.1 / V,
+        ),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", sorted(_ops._FAKES))
+def test_opcheck(name: str, device: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.bitnet_ext, name).default, samples(device)[name])
+
+
+def test_every_operator_has_a_sample_and_a_fake() -> None:
+    registered = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("bitnet_ext::") and not schema.name.startswith("bitnet_ext::_")
+    }
+    assert registered == set(_ops._FAKES) == set(samples("cpu"))
