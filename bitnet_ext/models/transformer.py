@@ -1,0 +1,190 @@
+"""The decoder-only transformer with ternary linear layers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet_ext.models.config import BitNetConfig
+from bitnet_ext.models.kv_cache import KVCache
+from bitnet_ext.nn import BitLinear, RMSNorm
+
+
+def rotary_table(config: BitNetConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_seq_len, head_dim / 2] of the rotary embedding (RoFormer, arXiv 2104.09864)."""
+    pairs = config.head_dim // 2
+    frequency = config.rope_theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angle = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + head_dim / 2) of x [B, heads, T, head_dim] by position; cos, sin [T, head_dim / 2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries; input and output products are BitLinear."""
+
+    def __init__(self, config: BitNetConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        hidden, kv = config.hidden_size, config.num_kv_heads * config.head_dim
+        kind = config.quantization
+        self.input_norm = RMSNorm(hidden, config.norm_eps) if config.pre_linear_norm else nn.Identity()
+        self.q_proj = BitLinear(hidden, hidden, quantization=kind)
+        self.k_proj = BitLinear(hidden, kv, quantization=kind)
+        self.v_proj = BitLinear(hidden, kv, quantization=kind)
+        self.o_proj = BitLinear(
+            hidden, hidden, norm=config.sub_norm, norm_eps=config.norm_eps, quantization=kind
+        )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, hidden = x.shape
+        x = self.input_norm(x)
+        query = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+        key = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        value = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        mask = None
+        if cache is not None:
+            start = cache.length
+            key, value = cache.append(self.layer, key, value)
+            key, value = key.to(query.dtype), value.to(query.dtype)
+            if start and T > 1:  # a later chunk of a prompt sees all before it
+                positions = torch.arange(start + T, device=x.device)
+                mask = positions[None, :] <= positions[start:, None]
+        causal = T > 1 and mask is None
+        grouped = self.num_kv_heads != self.num_heads
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, hidden))
+
+
+class FeedForward(nn.Module):
+    """``down(norm(act(gate(x)) * up(x)))`` with act = squared ReLU or SiLU."""
+
+    def __init__(self, config: BitNetConfig) -> None:
+        super().__init__()
+        hidden, inner, kind = config.hidden_size, config.intermediate_size, config.quantization
+        self.activation = config.activation
+        self.input_norm = RMSNorm(hidden, config.norm_eps) if config.pre_linear_norm else nn.Identity()
+        self.gate_proj = BitLinear(hidden, inner, quantization=kind)
+        self.up_proj = BitLinear(hidden, inner, quantization=kind)
+        self.down_proj = BitLinear(
+            inner, hidden, norm=config.sub_norm, norm_eps=config.norm_eps, quantization=kind
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input_norm(x)
+        gate = self.gate_proj(x)
+        gate = F.relu(gate).square() if self.activation == "relu2" else F.silu(gate)
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: BitNetConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class BitNetForCausalLM(nn.Module):
+    """A BitNet b1.58 language model; with ``quantization="none"`` its full-precision twin.
+
+    Twins built from one seed have the same initial parameters under the same names. Embedding and output
+    head stay in full precision, as in the paper.
+
+    Args:
+        config: see :class:`BitNetConfig`; presets through :func:`bitnet_ext.models.preset`.
+        seed: of the initialisation, drawn from a generator of its own; None uses torch's global one.
+
+    Shapes: input ids int64 [B, T] -> logits [B, T, V].
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: BitNetConfig, *, seed: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.lm_head = (
+                None
+                if config.tie_embeddings
+                else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            )
+            if config.init == "normal":
+                self._init_normal()
+        cos, sin = rotary_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def _init_normal(self) -> None:
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.normal_(0.0, std / math.sqrt(2 * self.config.num_layers) if output else std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output matrix [V, H]."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the final norm, [B, T, H]; with a cache, of the tokens that follow it."""
+        if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+            raise ValueError(
+                f"BitNetForCausalLM: input_ids must be int64 of shape [B, T], "
+                f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}"
+            )
+        start = 0 if cache is None else cache.length
+        T = input_ids.shape[1]
+        if start + T > self.config.max_seq_len:
+            raise ValueError(
+                f"BitNetForCausalLM: input_ids must end within max_seq_len = {self.config.max_seq_len} "
+                f"tokens, got {start + T}"
+            )
+        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += T
+        return self.final_norm(x)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return F.linear(self.hidden_states(input_ids, cache), self.head_weight)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameter counts: total, ternary (in quantised layers), embedding and head, norm gains."""
+        ternary = sum(m.weight.numel() for m in self.modules() if isinstance(m, BitLinear) and m.is_quantized)
+        total = sum(p.numel() for p in self.parameters())
+        embedding = self.embed_tokens.weight.numel() + (
+            0 if self.lm_head is None else self.lm_head.weight.numel()
+        )
+        gains = sum(p.numel() for p in self.parameters() if p.dim() == 1)
+        return {"total": total, "ternary": ternary, "embedding": embedding, "gains": gains}
