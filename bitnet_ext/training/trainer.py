@@ -1,0 +1,355 @@
+"""The training loop: data, steps, evaluation, metrics, checkpoints, resume."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitnet_ext.data.sampling import RowSampler
+from bitnet_ext.models import BitNetForCausalLM
+from bitnet_ext.training.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_weights,
+    read_checkpoint,
+    write_checkpoint,
+)
+from bitnet_ext.training.config import TrainConfig
+from bitnet_ext.training.device import resolve_device
+from bitnet_ext.training.distributed import join_world, wait_for_all
+from bitnet_ext.training.metrics_log import MetricsLog
+from bitnet_ext.training.optimizer import FusedAdam
+from bitnet_ext.training.schedules import learning_rates, weight_decays
+from bitnet_ext.training.step import RECORD, NonFiniteGradientError, TrainStep
+
+#: Fields that may differ between a run and its resumption: they do not change what is computed.
+_FREE_ON_RESUME = frozenset(
+    ("cuda_graph", "checkpoint_interval", "checkpoint_seconds", "final_checkpoint", "tensorboard")
+)
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or a gradient became NaN or Inf; the last good checkpoint is kept."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the step in progress was finished and a checkpoint written."""
+
+
+class Evaluator(Protocol):
+    """Measures a model during training; its results join the "eval" line of the step."""
+
+    def before_step(self, model: BitNetForCausalLM) -> None:
+        """Called just before the step after which :meth:`evaluate` is called."""
+
+    def evaluate(self, model: BitNetForCausalLM) -> dict[str, Any]:
+        """Named measurements, JSON values."""
+
+
+class Trainer:
+    """Trains a model on a stream of token ids.
+
+    Args:
+        model: moved to the device.
+        config: of the run.
+        tokens: training stream, integer ids [n] (a memory-mapped array does not get read as a whole).
+        run_dir: for metrics.jsonl and checkpoints; None writes nothing.
+        device: "auto", "cpu", "cuda", "cuda:N".
+        evaluator: called at `eval_steps`.
+        eval_steps: steps, counted from 1.
+
+    Under torchrun each process takes its share of every batch and the gradients are averaged (DDP); the
+    marginal of the diversity term is then that of the process's own rows.
+    """
+
+    def __init__(
+        self,
+        model: BitNetForCausalLM,
+        config: TrainConfig,
+        tokens: NDArray[Any],
+        *,
+        run_dir: Path | str | None = None,
+        device: str | torch.device = "auto",
+        evaluator: Evaluator | None = None,
+        eval_steps: Iterable[int] = (),
+    ) -> None:
+        self.config = config
+        self.device = resolve_device(device)
+        self.world = join_world(self.device.type)
+        if self.world.size > 1 and self.device.type == "cuda":
+            self.device = torch.device("cuda", self.world.local_rank)
+            torch.cuda.set_device(self.device)
+        local_batch, rest = divmod(config.batch_size, self.world.size)
+        if rest or local_batch % config.accumulation:
+            raise ValueError(
+                f"Trainer: batch_size must be a multiple of processes x accumulation = "
+                f"{self.world.size} x {config.accumulation}, got {config.batch_size}"
+            )
+        if config.seq_len > model.config.max_seq_len:
+            raise ValueError(
+                f"Trainer: seq_len must be at most the model's max_seq_len = {model.config.max_seq_len}, "
+                f"got {config.seq_len}"
+            )
+        check_vocabulary(tokens, model.config.vocab_size)
+        self.model = model.to(self.device)
+        self.sampler = RowSampler(
+            tokens,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            order=config.sampling,
+            seed=config.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.evaluator = evaluator
+        self.eval_steps = sorted({int(s) for s in eval_steps if 1 <= s <= config.steps}) if evaluator else []
+        self.optimizer = FusedAdam(model, config)
+        self.step = 0
+        self._learning_rates = learning_rates(config)
+        self._weight_decays = weight_decays(config)
+        self._cumulative_lr = np.cumsum(self._learning_rates)
+        self._sums = {"steps": 0, "loss": 0.0, "cross_entropy": 0.0}  # since the last evaluation
+        self._log: MetricsLog | None = None
+        self._stop_requested = False
+        self._last_record: dict[str, Any] = {}
+        self._last_checkpoint = (0, time.monotonic())
+
+    # --- the loop -------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        *,
+        resume: bool = False,
+        on_progress: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Trains to config.steps.
+
+        Args:
+            resume: continue from the newest checkpoint in run_dir, if there is one. Metrics written after
+                it are cut off and written again: on a CPU the resumed run equals an uninterrupted one bit
+                for bit.
+            on_progress: called after each block of steps with the step and its record (and after each
+                evaluation with its results).
+
+        Raises:
+            TrainingDivergedError: NaN or Inf in loss or gradient.
+            TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
+            FileExistsError: run_dir holds a run and resume is False.
+        """
+        keep_bytes = self._restore() if resume else self._refuse_existing()
+        wait_for_all(self.world)  # everyone has looked before the first process writes
+        if self.run_dir is not None and self.world.is_main:
+            board = self.run_dir / "tensorboard" if self.config.tensorboard else None
+            self._log = MetricsLog(self.run_dir / "metrics.jsonl", keep_bytes, board)
+        self.model.train()
+        runner = TrainStep(self.model, self.optimizer, self.config, self.device, self.world)
+        self._last_checkpoint = (self.step, time.monotonic())
+        started, first_step = time.monotonic(), self.step
+        with _SignalCatcher(self):
+            try:
+                while self.step < self.config.steps:
+                    stop = self._next_stop(runner.block_steps)
+                    is_eval = stop in self.eval_steps and stop == self.step + 1
+                    if is_eval and self.evaluator is not None:
+                        self.evaluator.before_step(self.model)
+                    record = self._run(runner, stop)
+                    if is_eval:
+                        record |= self._evaluate(started, first_step)
+                    if on_progress is not None:
+                        on_progress(self.step, record)
+                    self._checkpoint_if_due()
+                    if self._stop_requested:
+                        self._save(full=True)
+                        raise TrainingInterrupted(f"stopped after step {self.step}; the run can be resumed")
+                if self.config.final_checkpoint != "none" and self.step > first_step:
+                    self._save(full=self.config.final_checkpoint == "full")
+            finally:
+                if self._log is not None:
+                    self._log.close()
+                    self._log = None
+
+    def _next_stop(self, block_steps: int) -> int:
+        """The step after which the host has something to do; an evaluated step runs alone."""
+        stop = min(self.step + block_steps, self.config.steps)
+        upcoming = next((s for s in self.eval_steps if s > self.step), None)
+        if upcoming is not None:
+            stop = min(stop, upcoming if upcoming == self.step + 1 else upcoming - 1)
+        if self.config.checkpoint_interval:
+            interval = self.config.checkpoint_interval
+            stop = min(stop, (self.step // interval + 1) * interval)
+        return stop
+
+    def _run(self, runner: TrainStep, stop: int) -> dict[str, Any]:
+        start = self.step
+        rows = self.sampler.batches(start, stop - start)
+        try:
+            records = runner.run(start, rows).tolist()
+        except NonFiniteGradientError as error:
+            raise self._diverged(start + 1, str(error)) from error
+        except RuntimeError as error:
+            if "holds NaN or Inf" in str(error):
+                raise self._diverged(start + 1, str(error)) from error
+            raise
+        record: dict[str, Any] = {}
+        for offset, values in enumerate(records):
+            step = start + 1 + offset
+            record = self._facts(step) | dict(zip(RECORD, values, strict=True))
+            if not all(math.isfinite(value) for value in values):
+                raise self._diverged(step, "loss or gradient norm is NaN or Inf")
+            self._sums["steps"] += 1
+            self._sums["loss"] += record["loss"]
+            self._sums["cross_entropy"] += record["cross_entropy"]
+            if self._log is not None and (step % self.config.log_interval == 0 or step == 1):
+                self._log.write("train", record)
+            self._last_record = record
+        self.step = stop
+        return record
+
+    def _diverged(self, step: int, reason: str) -> TrainingDivergedError:
+        kept = latest_checkpoint(self.run_dir / "checkpoint") if self.run_dir is not None else None
+        return TrainingDivergedError(
+            f"training diverged at step {step}: {reason}; "
+            + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet")
+        )
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "lr": float(self._learning_rates[step - 1]),
+            "weight_decay": float(self._weight_decays[step - 1]),
+            "cumulative_lr": float(self._cumulative_lr[step - 1]),
+        }
+
+    def _evaluate(self, started: float, first_step: int) -> dict[str, Any]:
+        assert self.evaluator is not None
+        count = max(self._sums["steps"], 1)
+        result = self._facts(self.step) | {
+            "tokens_seen": self.step * self.config.tokens_per_step,
+            "train_loss": self._sums["loss"] / count,
+            "train_cross_entropy": self._sums["cross_entropy"] / count,
+            "grad_norm": self._last_record["grad_norm"],
+        }
+        result |= self.evaluator.evaluate(self.model)
+        self.model.train()
+        self._sums = {"steps": 0, "loss": 0.0, "cross_entropy": 0.0}
+        if self._log is not None:
+            seconds = time.monotonic() - started
+            self._log.write("eval", result)
+            # What differs from run to run has a line of its own, so that the others can be compared.
+            rate = (self.step - first_step) / max(seconds, 1e-9)
+            self._log.write("time", {"step": self.step, "seconds": seconds, "steps_per_second": rate})
+        return result
+
+    # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def _checkpoint_if_due(self) -> None:
+        if self.run_dir is None or self.step >= self.config.steps:
+            return
+        last_step, last_time = self._last_checkpoint
+        interval, seconds = self.config.checkpoint_interval, self.config.checkpoint_seconds
+        due = interval is not None and self.step - last_step >= interval
+        if seconds is not None and self.world.size == 1:  # processes must agree, so by steps only
+            due = due or time.monotonic() - last_time >= seconds
+        if due:
+            self._save(full=True)
+
+    def _save(self, full: bool) -> None:
+        if self.run_dir is not None and self._log is not None:
+            state = {
+                "model_config": self.model.config.to_dict(),
+                "train_config": self.config.to_dict(),
+                "metrics_bytes": self._log.position(),
+                "sums": self._sums,
+                "finished": self.step == self.config.steps,
+            }
+            write_checkpoint(
+                self.run_dir / "checkpoint",
+                self.step,
+                self.model.state_dict(),
+                self.optimizer.state() if full else {},
+                state,
+            )
+        self._last_checkpoint = (self.step, time.monotonic())
+
+    def _refuse_existing(self) -> int:
+        if self.run_dir is not None and (self.run_dir / "metrics.jsonl").exists():
+            raise FileExistsError(
+                f"{self.run_dir} already holds a run: pass resume=True to continue it, or choose another folder"
+            )
+        return 0
+
+    def _restore(self) -> int:
+        """Loads the newest checkpoint; returns how many bytes of the metrics file it had seen."""
+        if self.run_dir is None:
+            raise ValueError("Trainer: resume=True needs a run_dir")
+        path = latest_checkpoint(self.run_dir / "checkpoint")
+        if path is None:
+            return 0
+        checkpoint = read_checkpoint(path)
+        saved = checkpoint.state["train_config"]
+        for name, value in self.config.to_dict().items():
+            if name not in _FREE_ON_RESUME and saved.get(name) != value:
+                raise ValueError(
+                    f"Trainer: {name} is {value!r}, but {path} was written with {saved.get(name)!r}; "
+                    "a run is resumed with its own settings"
+                )
+        load_weights(self.model, checkpoint)
+        if checkpoint.step < self.config.steps:
+            missing = sorted(set(self.optimizer.state()) - set(checkpoint.optimizer))
+            if missing:
+                raise CheckpointError(
+                    f"checkpoint {path} has no optimiser state ({missing[0]}): it cannot be resumed"
+                )
+            self.optimizer.load_state(checkpoint.optimizer)
+        self.step = checkpoint.step
+        self._sums = dict(checkpoint.state["sums"])
+        return int(checkpoint.state["metrics_bytes"])
+
+
+def check_vocabulary(tokens: NDArray[Any], vocab_size: int) -> None:
+    """Raises ValueError when an id of `tokens` does not fit a vocabulary."""
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"tokens must be a flat array of integer ids, got {tokens.dtype} of shape {tokens.shape}"
+        )
+    for start in range(0, len(tokens), 1 << 24):
+        part = tokens[start : start + (1 << 24)]
+        highest, lowest = int(part.max()), int(part.min())
+        if highest >= vocab_size or lowest < 0:
+            bad = highest if highest >= vocab_size else lowest
+            raise ValueError(
+                f"tokens must be in 0..{vocab_size - 1} (the model's vocab_size is {vocab_size}), got id {bad}"
+            )
+
+
+class _SignalCatcher:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one acts at once."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._trainer._stop_requested = True
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        while self._previous:
+            number, previous = self._previous.popitem()
+            signal.signal(number, previous)
