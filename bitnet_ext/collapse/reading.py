@@ -1,0 +1,204 @@
+"""Reads one course of evaluations by fixed rules: how it ended, and where the count of unique tokens fell.
+
+The thresholds are constants of this module, and ``RULES`` states them for the reader of the report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bitnet_ext.collapse.results import Row, Run, Study, number
+
+UNIFORM_NATS = 0.02  # distance from ln V at which an output counts as uniform
+CONTEXT_NATS = 0.1  # mutual information above which an output counts as depending on its context
+COLLAPSE_NATS = 0.5  # excess over the unigram above which a context-free output counts as collapsed
+UNTRAINED_NATS = 0.3  # change of held-out cross-entropy below which a network counts as barely trained
+CONFIDENCE_NATS = 0.5  # |cross-entropy - entropy| above which an output counts as over- or under-confident
+FALL_SHARE = 0.5  # of the initial unique-of-20: the report's "collapse" and "recovery"
+NEAR_UNIFORM_SHARE = 0.95  # of ln V: an entropy that is "nearly uniform"
+RISE_TOKENS = 4.0  # change of unique-of-20 that counts as a rise or fall in a disagreement of metrics
+RISE_NATS = 0.2  # change of held-out cross-entropy that counts in a disagreement of metrics
+SAME_NATS = 0.1  # difference of two arms' cross-entropy that is called small
+SHRUNK_SHARE = 0.1  # of its initial size: a parameter group that has "all but vanished"
+
+#: Status of a run at its last evaluation -> (short label, what it means).
+STATUS = {
+    "diverged": ("not a number", "its held-out cross-entropy is not a finite number: the training diverged"),
+    "uniform": (
+        "dead (uniform output)",
+        "the output is the uniform distribution: every token is equally likely",
+    ),
+    "collapsed": ("collapsed", "it ignores its context and predicts worse than fixed word counts"),
+    "untrained": ("barely trained", "it has hardly moved from where it started"),
+    "unigram": (
+        "word counts only",
+        "it has learned how frequent each token is, and nothing of the context yet",
+    ),
+    "overconfident": ("over-confident", "it uses its context, but is wrong with too much confidence"),
+    "learning": ("learning", "it uses its context, but does not predict better than fixed word counts yet"),
+    "alive": ("alive", "it uses its context and predicts better than fixed word counts"),
+}
+DEAD = frozenset({"uniform", "collapsed"})
+
+RULES = (
+    ("Not a number", "held-out cross-entropy is NaN or infinite."),
+    (
+        "Dead (uniform output)",
+        f"held-out cross-entropy and mean predictive entropy are both within {UNIFORM_NATS} nats of ln V.",
+    ),
+    (
+        "Alive",
+        f"held-out cross-entropy is below the unigram's and mutual information is above {CONTEXT_NATS} nats.",
+    ),
+    (
+        "Barely trained",
+        f"held-out cross-entropy was never more than {UNTRAINED_NATS} nats below where it started, and is "
+        "more than "
+        f"{COLLAPSE_NATS} nats above the unigram's.",
+    ),
+    (
+        "Collapsed",
+        f"mutual information is at most {CONTEXT_NATS} and held-out cross-entropy is more than "
+        f"{COLLAPSE_NATS} nats above the unigram's.",
+    ),
+    ("Word counts only", f"mutual information is at most {CONTEXT_NATS}, and it is not collapsed."),
+    (
+        "Over-confident",
+        f"held-out cross-entropy is above the unigram's and more than {CONFIDENCE_NATS} nats above the mean "
+        "predictive entropy (they are equal for a calibrated model).",
+    ),
+    ("Learning", "none of the others."),
+)
+
+
+@dataclass(frozen=True)
+class Fall:
+    """The course of unique-of-20 by the report's rule: a fall to half of the initial count, and a later
+    rise.
+    """
+
+    initial: float
+    fall_step: int  # first evaluation at or below half of the initial count
+    lowest: float
+    lowest_step: int  # the lowest count before the rise
+    rise_step: int | None  # first evaluation after the lowest one at or above half again
+    highest: float | None  # the highest count from there on
+    highest_step: int | None
+
+
+def course(study: Study, arm: str) -> list[Row]:
+    """The mean over an arm's leading runs, as evaluation rows at the steps that all of them have."""
+    runs = study.leading(arm)
+    return mean_rows(runs)
+
+
+def mean_rows(runs: Sequence[Run]) -> list[Row]:
+    """Rows with the mean of each metric over runs; None where a run lacks it. One run: its own rows."""
+    if len(runs) == 1:
+        return runs[0].evals
+    tables = [{row["step"]: row for row in run.evals} for run in runs]
+    rows = []
+    for row in runs[0].evals if runs else []:
+        if all(row["step"] in table for table in tables):
+            together = [table[row["step"]] for table in tables]
+            mean: Row = {"kind": "eval", "step": row["step"]}
+            for key in row:
+                values = [number(other.get(key)) for other in together]
+                present = [value for value in values if value is not None]
+                if key not in mean:
+                    mean[key] = sum(present) / len(present) if len(present) == len(values) else None
+            rows.append(mean)
+    return rows
+
+
+def get(row: Row, key: str) -> float | None:
+    """A metric of a row as a finite number, else None."""
+    value = number(row.get(key))
+    return value if value is not None and math.isfinite(value) else None
+
+
+def log_vocab(study: Study) -> float | None:
+    """ln V: cross-entropy and entropy of the uniform distribution."""
+    return math.log(study.vocab_size) if study.vocab_size else None
+
+
+def is_uniform(row: Row, ln_v: float | None) -> bool:
+    ce, entropy = get(row, "heldout_cross_entropy"), get(row, "predictive_entropy")
+    if ln_v is None or ce is None or entropy is None:
+        return False
+    return abs(ce - ln_v) <= UNIFORM_NATS and abs(entropy - ln_v) <= UNIFORM_NATS
+
+
+def is_alive(row: Row) -> bool | None:
+    """Held-out cross-entropy below the unigram's and mutual information above 0.1; None when a number is
+    missing.
+    """
+    if number(row.get("heldout_cross_entropy")) is None:
+        return None
+    ce, unigram, mi = (
+        get(row, k) for k in ("heldout_cross_entropy", "unigram_cross_entropy", "mutual_information")
+    )
+    if ce is None:
+        return False
+    if unigram is None or mi is None:
+        return None
+    return ce < unigram and mi > CONTEXT_NATS
+
+
+def classify(rows: Sequence[Row], ln_v: float | None) -> str | None:
+    """The status (a key of ``STATUS``) at the last of the rows; None when it cannot be told for lack of
+    numbers.
+    """
+    last = rows[-1]
+    raw = number(last.get("heldout_cross_entropy"))
+    if raw is None:
+        return None
+    if not math.isfinite(raw):
+        return "diverged"
+    if is_uniform(last, ln_v):
+        return "uniform"
+    unigram, mi = get(last, "unigram_cross_entropy"), get(last, "mutual_information")
+    if unigram is None or mi is None:
+        return None
+    if is_alive(last):
+        return "alive"
+    start, best = get(rows[0], "heldout_cross_entropy"), min(finite(rows, "heldout_cross_entropy"))
+    if start is not None and start - best <= UNTRAINED_NATS and raw > unigram + COLLAPSE_NATS:
+        return "untrained"
+    if mi <= CONTEXT_NATS:
+        return "collapsed" if raw - unigram > COLLAPSE_NATS else "unigram"
+    entropy = get(last, "predictive_entropy")
+    return "overconfident" if entropy is not None and raw - entropy > CONFIDENCE_NATS else "learning"
+
+
+def find_fall(rows: Sequence[Row]) -> Fall | None:
+    """The fall and rise of unique-of-20, or None when it never was at or below half of its initial value."""
+    points = [(int(row["step"]), u) for row in rows if (u := get(row, "unique_of_20")) is not None]
+    if not points:
+        return None
+    half = FALL_SHARE * points[0][1]
+    start = next((i for i, (_, u) in enumerate(points) if i and u <= half), None)
+    if start is None:
+        return None
+    rise = next(
+        (
+            i
+            for i in range(start + 1, len(points))
+            if points[i][1] >= half and points[i][1] > points[start][1]
+        ),
+        None,
+    )
+    lowest_step, lowest = min(points[start:rise], key=lambda p: p[1])
+    highest_step, highest = max(points[rise:], key=lambda p: p[1]) if rise is not None else (None, None)
+    rise_step = points[rise][0] if rise is not None else None
+    return Fall(points[0][1], points[start][0], lowest, lowest_step, rise_step, highest, highest_step)
+
+
+def finite(rows: Sequence[Row], key: str) -> list[float]:
+    return [value for row in rows if (value := get(row, key)) is not None]
+
+
+def row_at(rows: Sequence[Row], step: int) -> Row:
+    return next(row for row in rows if row["step"] == step)

@@ -1,0 +1,104 @@
+"""Measures of the ternary codes of a model: how many are -1, 0 and +1, and how many change.
+
+Only modules that quantise count: :class:`bitnet_ext.nn.BitLinear` with ``quantization == "b1.58"``. A
+full-precision twin has none, and every measure of it is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitnet_ext import ops
+from bitnet_ext.nn import BitLinear
+
+_TERNARY = "b1.58"
+
+
+class PackedCodes(NamedTuple):
+    """The codes of one layer in the canonical packed form, and their number without the padding of the
+    rows.
+    """
+
+    packed: Tensor  # uint8 [N, ceil(K / 4)]
+    numel: int  # N * K
+
+
+@torch.no_grad()
+def packed_codes(model: nn.Module) -> list[PackedCodes]:
+    """A snapshot of all ternary codes, quantised from the latent weights as a forward pass would; in module
+    order.
+
+    Two bits a weight, so a snapshot of a model is a sixteenth of its fp32 latent weights.
+    """
+    snapshot = []
+    for module in model.modules():
+        if isinstance(module, BitLinear) and module.quantization == _TERNARY:
+            packed, _ = ops.quantize_pack_weight(module.weight.detach())
+            snapshot.append(PackedCodes(packed, module.weight.numel()))
+    return snapshot
+
+
+def _field_histogram(packed: Tensor) -> list[int]:
+    """How often each 2-bit value 0..3 occurs: a histogram of the bytes, then four fields a byte."""
+    by_byte = torch.bincount(packed.reshape(-1), minlength=256).tolist()
+    fields = [0, 0, 0, 0]
+    for byte, number in enumerate(by_byte):
+        for shift in (0, 2, 4, 6):
+            fields[(byte >> shift) & 3] += number
+    return fields
+
+
+def code_fractions(codes: Sequence[PackedCodes]) -> dict[str, float | None]:
+    """:func:`ternary_fractions` of a snapshot that is there already."""
+    if not codes:
+        return {"ternary_negative": None, "ternary_zero": None, "ternary_positive": None}
+    negative = zero = positive = total = 0
+    for layer in codes:
+        minus, null, plus, _ = _field_histogram(layer.packed)
+        padding = 4 * layer.packed.numel() - layer.numel  # filled with code 0
+        negative, zero, positive = negative + minus, zero + null - padding, positive + plus
+        total += layer.numel
+    return {
+        "ternary_negative": negative / total,
+        "ternary_zero": zero / total,
+        "ternary_positive": positive / total,
+    }
+
+
+def ternary_fractions(model: nn.Module) -> dict[str, float | None]:
+    """Shares of the codes -1, 0 and +1 over all ternary weights of a model.
+
+    Returns:
+        ternary_negative, ternary_zero, ternary_positive; they sum to 1, or are None when nothing is ternary.
+    """
+    return code_fractions(packed_codes(model))
+
+
+def flip_rate(before: Sequence[PackedCodes], after: Sequence[PackedCodes]) -> float | None:
+    """Share of the ternary codes that differ between two snapshots of one model (Helwegen et al. 2019,
+    arXiv:1906.02107).
+
+    It counts every change (-1 to 0, 0 to +1, -1 to +1) once, and what changed and changed back in between
+    not at all.
+
+    Returns:
+        In [0, 1], or None when nothing is ternary.
+
+    Raises:
+        ValueError: when the snapshots are not of the same layers.
+    """
+    if [layer.packed.shape for layer in before] != [layer.packed.shape for layer in after]:
+        raise ValueError(
+            "before and after must be snapshots of the same layers; got different numbers or shapes"
+        )
+    if not after:
+        return None
+    flipped = 0
+    for old, new in zip(before, after, strict=True):
+        fields = _field_histogram(old.packed.to(new.packed.device) ^ new.packed)
+        flipped += sum(fields[1:])  # a field of the exclusive or is 0 where the code is the same
+    return flipped / sum(layer.numel for layer in after)
