@@ -161,14 +161,20 @@ def _bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     _y, x_i8, act_scale, rstd, packed, weight_scale = output
     # The norm's backward needs x itself; without a norm the int8 form is all that is kept.
     ctx.save_for_backward(x if normalize else None, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
+    # Without this every unused output gets a gradient of zeros: six kernels a layer.
+    ctx.set_materialize_grads(False)
     ctx.normalize = normalize
     ctx.x_dtype = x.dtype
     ctx.weight_dtype = weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _bit_linear_backward(ctx: Any, grad_y: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _bit_linear_backward(
+    ctx: Any, grad_y: Tensor | None, *_unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """dL/dx_q = g W_q and dL/dW = g^T x_q, passed unchanged through both quantisers."""
+    if grad_y is None:
+        return (None,) * 7
     x, norm_weight, x_i8, act_scale, rstd, packed, weight_scale = ctx.saved_tensors
     K = x_i8.shape[-1]
     grad = grad_y.reshape(-1, grad_y.shape[-1])

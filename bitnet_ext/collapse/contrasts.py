@@ -11,12 +11,11 @@ import numpy as np
 
 from bitnet_ext.collapse.findings import Finding, count, nats, signed, steps
 from bitnet_ext.collapse.reading import (
-    COLLAPSE_NATS,
-    CONTEXT_NATS,
     DEAD,
     RISE_NATS,
     SAME_NATS,
     STATUS,
+    UNDECIDED,
     classify,
     course,
     get,
@@ -142,7 +141,7 @@ def _compare(study: Study, contrast: Contrast) -> Finding | None:
     text += f"held-out cross-entropy {nats(ce_b)} against {nats(ce_a)} ({signed(ce_b - ce_a)} nats)"
     for key, template, form in (
         ("mutual_information", "mutual information {} against {}", nats),
-        ("unique_of_20", "{} unique tokens against {}", count),
+        ("unique_of_20", "unique tokens {} against {}", count),
     ):
         va, vb = get(a, key), get(b, key)
         if va is not None and vb is not None:
@@ -155,8 +154,8 @@ def _compare(study: Study, contrast: Contrast) -> Finding | None:
         (False, True): ("only-other", contrast.only_other),
         (False, False): ("neither", contrast.neither),
     }[dead]
-    if "untrained" in (status_a, status_b) or "diverged" in (status_a, status_b):
-        kind, conclusion = "too-early", "With a network that has hardly been trained no more can be said."
+    if {status_a, status_b} & UNDECIDED:
+        kind, conclusion = "too-early", "It is too early to say more."
     text += f" {conclusion}"
     if kind == "both" and abs(ce_b - ce_a) > SAME_NATS:
         text += (
@@ -284,7 +283,7 @@ def _outcomes(study: Study, ln_v: float | None) -> list[Finding]:
         if not changed or not study.of(base) or classify(course(study, base), ln_v) not in DEAD:
             continue
         ends = {arm: classify(course(study, arm), ln_v) for arm in changed}
-        kept = [arm for arm in changed if ends[arm] not in (*DEAD, "untrained", "diverged", None)]
+        kept = [arm for arm in changed if ends[arm] not in (*DEAD, *UNDECIDED, None)]
         fell = [arm for arm in changed if ends[arm] in DEAD]
         parts = [f"no collapse with {', '.join(kept)}"] if kept else []
         parts += [f"a collapse all the same with {', '.join(fell)}"] if fell else []
@@ -399,7 +398,4 @@ def setting_changes(study: Study, base: str, other: str) -> list[str]:
 
 def context_rule() -> str:
     """The sentence that states what `collapsed` means in the contrasts."""
-    return (
-        "A network counts as collapsed here when its output is uniform, or when mutual information is at "
-        f"most {CONTEXT_NATS} and held-out cross-entropy more than {COLLAPSE_NATS} nats above the unigram's."
-    )
+    return "A network counts as collapsed here when it ends as collapsed or as dead by the rules below."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bitnet_ext.collapse.results import Study, require_evaluations, write_atomic
 
@@ -226,27 +226,18 @@ def _draw(study: Study, plan: _Plan, styles: dict[str, tuple[str, Any]]) -> Figu
     ]
     if not cells:
         return None
-    columns = len(styles) if len(styles) < 4 else 2 if len(styles) == 4 else 3
-    legend_rows = math.ceil(len(styles) / columns)
-    height = 2.35 * len(cells) + 0.55 * len(plan.over) + 0.25 * legend_rows + 0.2
-    figure = Figure(figsize=(6.6, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(cells), 1, squeeze=False)[:, 0]
+    legend_columns = len(styles) if len(styles) < 4 else 2 if len(styles) == 4 else 3
+    figure, axes = _layout(cells, math.ceil(len(styles) / legend_columns))
     used: list[str] = []
-    for index, (axis, (panel, over)) in enumerate(zip(axes, cells, strict=True)):
+    for axis, (panel, over) in zip(axes, cells, strict=True):
         used += [arm for arm in _draw_panel(axis, study, panel, over, styles) if arm not in used]
-        for other, (_, clock) in zip(axes[:index], cells, strict=False):
-            if clock == over:  # panels over one clock lie above each other: one range for all
-                low, high = (
-                    f(a, b) for f, a, b in zip((min, max), axis.get_xlim(), other.get_xlim(), strict=True)
-                )
-                axis.set_xlim(low, high)
-                other.set_xlim(low, high)
-        last = index + 1 == len(cells) or cells[index + 1][1] != over
-        if last:
-            axis.set_xlabel(_X_LABEL[over])
-        else:
-            axis.tick_params(labelbottom=False)
+    for over in plan.over:  # panels over one clock lie above each other: one range for all, one label
+        group = [axis for axis, (_, clock) in zip(axes, cells, strict=True) if clock == over]
+        limits = [axis.get_xlim() for axis in group]
+        for axis in group:
+            axis.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+            axis.tick_params(labelbottom=axis is group[-1])
+        group[-1].set_xlabel(_X_LABEL[over])
     handles = [
         Line2D([], [], color=styles[arm][0], linestyle=styles[arm][1], linewidth=2, label=arm)
         for arm in styles
@@ -254,8 +245,9 @@ def _draw(study: Study, plan: _Plan, styles: dict[str, tuple[str, Any]]) -> Figu
     ]
     legend = figure.legend(
         handles=handles,
-        loc="outside lower center",
-        ncols=columns,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=legend_columns,
         frameon=False,
         handlelength=2.8,
         columnspacing=1.4,
@@ -263,6 +255,27 @@ def _draw(study: Study, plan: _Plan, styles: dict[str, tuple[str, Any]]) -> Figu
     for name in legend.get_texts():
         name.set_parse_math(False)  # a dollar sign in a name is a dollar sign
     return figure
+
+
+def _layout(cells: Sequence[tuple[_Panel, str]], legend_rows: int) -> tuple[Figure, list[Any]]:
+    """A figure with one axis for each cell, one above the other, and room for a legend below them.
+
+    Set by hand, in inches, so that the axes of all figures line up; an automatic layout also draws
+    everything twice.
+    """
+    width, left, right, top, panel, gap, label = 6.6, 1.02, 0.12, 0.22, 2.05, 0.24, 0.62
+    changes = sum(cells[i][1] != cells[i + 1][1] for i in range(len(cells) - 1))
+    below = 0.55 + 0.23 * legend_rows + 0.12
+    height = top + panel * len(cells) + gap * (len(cells) - 1 - changes) + label * changes + below
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    axes, y = [], height - top
+    for index, (_, over) in enumerate(cells):
+        y -= panel
+        box = (left / width, y / height, 1 - (left + right) / width, panel / height)
+        axes.append(figure.add_axes(box))
+        y -= label if index + 1 < len(cells) and cells[index + 1][1] != over else gap
+    return figure, axes
 
 
 def _draw_panel(
@@ -299,6 +312,8 @@ def _draw_panel(
         axis.set_ylim(0, high)
     if panel.top is not None:
         axis.set_ylim(top=max(panel.top, high))
+    if panel.log:
+        _minor_ticks(axis)
     for name in (panel.reference or "").split():
         _reference(axis, study, name)
     axis.grid(True, which="major", color="#d9d9d9", linewidth=0.6)
@@ -315,9 +330,19 @@ def _log_steps(axis: Any, study: Study) -> None:
         axis.set_xlim(left=-0.05)
     else:
         axis.set_xscale("log")
-    plain: Callable[[float, int], str] = lambda value, _: f"{value:,.0f}"  # noqa: E731
-    axis.xaxis.set_major_formatter(FuncFormatter(plain))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
+    if first > 0:
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+
+
+def _minor_ticks(axis: Any) -> None:
+    """Ticks at 2 and 5 of a logarithmic axis, with numbers where it is too short for two powers of ten."""
+    low, high = axis.get_ylim()
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.yaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.6g}") if low > 0 and high / low < 30 else NullFormatter()
+    )
 
 
 def _reference(axis: Any, study: Study, name: str) -> None:

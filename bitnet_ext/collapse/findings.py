@@ -203,9 +203,10 @@ def _tokens(rows: Sequence[Row], ln_v: float | None) -> Finding | None:
 
 def _uniform(rows: Sequence[Row], ln_v: float | None) -> Finding | None:
     flags = [is_uniform(row, ln_v) for row in rows]
-    if ln_v is None or not any(flags):
+    # An initialisation with small logits is uniform as well: only what became uniform is told.
+    first = next((i for i in range(1, len(flags)) if flags[i] and not all(flags[:i])), None)
+    if ln_v is None or first is None:
         return None
-    first = flags.index(True)
     after = next((i for i in range(first, len(flags)) if not flags[i]), None)
     text = f"From step {steps(rows[first]['step'])} "
     text += "to the end" if after is None else f"to step {steps(rows[after - 1]['step'])}"

@@ -15,6 +15,7 @@ UNIFORM_NATS = 0.02  # distance from ln V at which an output counts as uniform
 CONTEXT_NATS = 0.1  # mutual information above which an output counts as depending on its context
 COLLAPSE_NATS = 0.5  # excess over the unigram above which a context-free output counts as collapsed
 UNTRAINED_NATS = 0.3  # change of held-out cross-entropy below which a network counts as barely trained
+STALL_NATS = 0.1  # change of held-out cross-entropy over half of a run that counts as none
 CONFIDENCE_NATS = 0.5  # |cross-entropy - entropy| above which an output counts as over- or under-confident
 FALL_SHARE = 0.5  # of the initial unique-of-20: the report's "collapse" and "recovery"
 NEAR_UNIFORM_SHARE = 0.95  # of ln V: an entropy that is "nearly uniform"
@@ -32,6 +33,11 @@ STATUS = {
     ),
     "collapsed": ("collapsed", "it ignores its context and predicts worse than fixed word counts"),
     "untrained": ("barely trained", "it has hardly moved from where it started"),
+    "early": (
+        "too early to tell",
+        "it is worse than fixed word counts and does not use its context yet, but its loss is falling and "
+        "nothing has failed",
+    ),
     "unigram": (
         "word counts only",
         "it has learned how frequent each token is, and nothing of the context yet",
@@ -41,35 +47,40 @@ STATUS = {
     "alive": ("alive", "it uses its context and predicts better than fixed word counts"),
 }
 DEAD = frozenset({"uniform", "collapsed"})
+UNDECIDED = frozenset({"untrained", "early", "diverged"})
 
 RULES = (
-    ("Not a number", "held-out cross-entropy is NaN or infinite."),
+    ("Not a number", "Held-out cross-entropy is NaN or infinite."),
     (
         "Dead (uniform output)",
-        f"held-out cross-entropy and mean predictive entropy are both within {UNIFORM_NATS} nats of ln V.",
+        f"Held-out cross-entropy and mean predictive entropy are both within {UNIFORM_NATS} nats of ln V, "
+        "and were not always.",
     ),
     (
         "Alive",
-        f"held-out cross-entropy is below the unigram's and mutual information is above {CONTEXT_NATS} nats.",
+        f"Held-out cross-entropy is below the unigram's and mutual information is above {CONTEXT_NATS} nats.",
     ),
     (
         "Barely trained",
-        f"held-out cross-entropy was never more than {UNTRAINED_NATS} nats below where it started, and is "
-        "more than "
-        f"{COLLAPSE_NATS} nats above the unigram's.",
+        f"Held-out cross-entropy was never more than {UNTRAINED_NATS} nats below where it started and is "
+        f"more than {COLLAPSE_NATS} nats above the unigram's, or the output has been uniform all along.",
     ),
     (
         "Collapsed",
-        f"mutual information is at most {CONTEXT_NATS} and held-out cross-entropy is more than "
-        f"{COLLAPSE_NATS} nats above the unigram's.",
+        f"Mutual information is at most {CONTEXT_NATS}, held-out cross-entropy is more than {COLLAPSE_NATS} "
+        f"nats above the unigram's, and one of these holds: it is more than {STALL_NATS} nats above its own "
+        f"best; it improved by less than {STALL_NATS} nats over the second half of the run; the predictive "
+        f"entropy is at least {NEAR_UNIFORM_SHARE:.0%} of ln V; the final gain or the head is below "
+        f"{SHRUNK_SHARE:.0%} of its initial size.",
     ),
-    ("Word counts only", f"mutual information is at most {CONTEXT_NATS}, and it is not collapsed."),
+    ("Too early to tell", "As collapsed, but none of its signs of failure holds."),
+    ("Word counts only", f"Mutual information is at most {CONTEXT_NATS}."),
     (
         "Over-confident",
-        f"held-out cross-entropy is above the unigram's and more than {CONFIDENCE_NATS} nats above the mean "
+        f"Held-out cross-entropy is above the unigram's and more than {CONFIDENCE_NATS} nats above the mean "
         "predictive entropy (they are equal for a calibrated model).",
     ),
-    ("Learning", "none of the others."),
+    ("Learning", "None of the others."),
 )
 
 
@@ -158,19 +169,41 @@ def classify(rows: Sequence[Row], ln_v: float | None) -> str | None:
     if not math.isfinite(raw):
         return "diverged"
     if is_uniform(last, ln_v):
-        return "uniform"
+        # An initialisation with small logits is uniform too; death is to become so.
+        return "untrained" if all(is_uniform(row, ln_v) for row in rows) else "uniform"
     unigram, mi = get(last, "unigram_cross_entropy"), get(last, "mutual_information")
     if unigram is None or mi is None:
         return None
     if is_alive(last):
         return "alive"
     start, best = get(rows[0], "heldout_cross_entropy"), min(finite(rows, "heldout_cross_entropy"))
-    if start is not None and start - best <= UNTRAINED_NATS and raw > unigram + COLLAPSE_NATS:
+    far = raw > unigram + COLLAPSE_NATS
+    if far and start is not None and start - best <= UNTRAINED_NATS:
         return "untrained"
     if mi <= CONTEXT_NATS:
-        return "collapsed" if raw - unigram > COLLAPSE_NATS else "unigram"
+        return "unigram" if not far else "collapsed" if _has_failed(rows, ln_v) else "early"
     entropy = get(last, "predictive_entropy")
     return "overconfident" if entropy is not None and raw - entropy > CONFIDENCE_NATS else "learning"
+
+
+def _has_failed(rows: Sequence[Row], ln_v: float | None) -> bool:
+    """Whether a network that is worse than word counts shows a failure, and is not just on its way to them."""
+    last = rows[-1]
+    points = [(row["step"], ce) for row in rows if (ce := get(row, "heldout_cross_entropy")) is not None]
+    best = min(ce for _, ce in points)
+    if points[-1][1] > best + STALL_NATS:
+        return True  # the loss was better before
+    half = [ce for step, ce in points if step >= last["step"] / 2]
+    if len(half) > 1 and half[0] - min(half) <= STALL_NATS:
+        return True  # the loss stands still
+    entropy = get(last, "predictive_entropy")
+    if ln_v is not None and entropy is not None and entropy >= NEAR_UNIFORM_SHARE * ln_v:
+        return True  # the output has gone nearly uniform
+    for key in ("final_gain_mean_abs", "lm_head_mean_abs"):
+        first, now = get(rows[0], key), get(last, key)
+        if first and now is not None and now < SHRUNK_SHARE * first:
+            return True  # what carries the logits has vanished
+    return False
 
 
 def find_fall(rows: Sequence[Row]) -> Fall | None:

@@ -19,12 +19,9 @@ import numpy as np
 import torch
 
 from bitnet_ext import build_info
-from bitnet_ext.collapse.arms import arm_config, get_arm
+from bitnet_ext.collapse.arms import ARMS, arm_config, get_arm
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
-from bitnet_ext.collapse.figures import write_figures
-from bitnet_ext.collapse.report import write_report
-from bitnet_ext.collapse.results import read_study, write_summary_csv
-from bitnet_ext.collapse.table import comparison_table
+from bitnet_ext.collapse.report import write_outputs
 from bitnet_ext.data.corpora import Corpus, load_corpus
 from bitnet_ext.data.statistics import unigram_log_probs
 from bitnet_ext.models import BitNetForCausalLM, preset
@@ -83,8 +80,6 @@ class StudyProgress(Protocol):
 
 def default_config(device: torch.device) -> StudyConfig:
     """The comparison that runs when nothing is said."""
-    from bitnet_ext.collapse.arms import ARMS
-
     if device.type == "cuda":
         return StudyConfig(arms=tuple(ARMS), steps=GPU_STEPS)
     return StudyConfig(arms=CPU_ARMS, steps=CPU_STEPS, eval_tokens=CPU_EVAL_TOKENS)
@@ -141,22 +136,13 @@ def run_study(
         if any(out.glob("*/seed*/metrics.jsonl")):
             _write_results_quietly(out)
         raise
-    return write_results(out)
-
-
-def write_results(out: Path) -> Path:
-    """summary.csv, table.md, the figures and report.html from what the folder holds; returns the report."""
-    study = read_study(out)
-    write_summary_csv(study)
-    write_text_atomic(out / "table.md", comparison_table(study).markdown())
-    write_figures(study, out / "figures")
-    return write_report(out)
+    return write_outputs(out)["report"]
 
 
 def _write_results_quietly(out: Path) -> None:
     """After an interruption: a run too short to report on must not hide the reason it ended."""
     try:
-        write_results(out)
+        write_outputs(out)
     except (ValueError, OSError) as error:
         print(f"no report yet: {error}", file=sys.stderr)
 

@@ -14,17 +14,23 @@ from bitnet_ext.nn import BitLinear, RMSNorm
 
 
 def rotary_table(config: BitNetConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_seq_len, head_dim / 2] of the rotary embedding (RoFormer, arXiv 2104.09864)."""
+    """cos and signed sin, [max_seq_len, head_dim], of the rotary embedding (RoFormer, arXiv 2104.09864).
+
+    The pair (i, i + head_dim / 2) turns by ``position * theta^(-2 i / head_dim)``. Both halves of a row hold
+    the same cosines; the first half of the sines is negated, as :func:`apply_rotary` needs them.
+    """
     pairs = config.head_dim // 2
     frequency = config.rope_theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     angle = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + head_dim / 2) of x [B, heads, T, head_dim] by position; cos, sin [T, head_dim / 2]."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    """Rotates the pairs of x [B, heads, T, head_dim] by position; cos, sin [T, head_dim] of :func:`rotary_table`."""
+    y = x.float()
+    # Rolling by half swaps the members of each pair: 3 kernels forward and 4 backward, where halves take 20.
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):

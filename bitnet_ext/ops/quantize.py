@@ -42,10 +42,11 @@ def quantize_act_int8_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`quantize_act_int8` in plain PyTorch."""
     x = x.float()
     absmax = x.abs().amax(-1).clamp(min=SCALE_FLOOR)
-    # full_like: `127.0 / absmax` would be 127 * reciprocal(absmax) in PyTorch, which rounds twice.
-    inverse = torch.full_like(absmax, 127.0) / absmax
+    # Tensor by tensor: PyTorch may turn a division with a number into a product with a reciprocal, rounding twice.
+    steps = torch.full_like(absmax, 127.0)
+    inverse = steps / absmax
     x_i8 = (x * inverse.unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8)
-    return x_i8, absmax / 127.0
+    return x_i8, absmax / steps
 
 
 def quantize_weight_ternary(w: Tensor) -> tuple[Tensor, Tensor]:

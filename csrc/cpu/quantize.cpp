@@ -46,8 +46,9 @@ Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
       code = aoti_torch_dtype_float32();
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+  // Not STABLE_TORCH_ERROR_CODE_CHECK: the headers of torch 2.11 do not have it.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

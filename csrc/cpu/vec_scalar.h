@@ -17,8 +17,9 @@ struct VecI {
 struct VecD {
   double lane[16];
 };
+// -1 or 0, as wide as what it selects, so that compilers can vectorise the loops.
 struct Mask {
-  bool lane[16];
+  int32_t lane[16];
 };
 
 inline uint32_t float_bits(float x) {
@@ -51,7 +52,7 @@ inline VecF sqrt(VecF a) { BITNET_EXT_EACH_LANE(VecF, __builtin_sqrtf(a.lane[i])
 // Both return b when a lane holds NaN, as maxps and minps do.
 inline VecF max(VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 inline VecF min(VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
-inline Mask greater(VecF a, VecF b) { BITNET_EXT_EACH_LANE(Mask, a.lane[i] > b.lane[i]); }
+inline Mask greater(VecF a, VecF b) { BITNET_EXT_EACH_LANE(Mask, a.lane[i] > b.lane[i] ? -1 : 0); }
 inline VecF select(Mask m, VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, m.lane[i] ? a.lane[i] : b.lane[i]); }
 inline VecI select(Mask m, VecI a, VecI b) { BITNET_EXT_EACH_LANE(VecI, m.lane[i] ? a.lane[i] : b.lane[i]); }
 

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads)
   const float sqrt_correction = sqrtf(settings.hyper[3]);
   const float grad_scale = *settings.grad_scale;
   const float coupled_decay = settings.decay && !settings.decoupled ? weight_decay : 0.0f;
-  const float keep = settings.decay && settings.decoupled ? 1.0f - lr * weight_decay : 1.0f;
+  const float keep = settings.decay && settings.decoupled ? fmaf(-lr, weight_decay, 1.0f) : 1.0f;
 
 #pragma unroll 2
   for (int step = 0; step < kElementsPerBlock / (kThreads * kVec); ++step) {

@@ -1,0 +1,614 @@
+"""What only the CUDA kernels can get wrong: tiles and tails, unaligned memory, stale memory, streams, graphs,
+offsets beyond 2**31. What both devices share is tested by the files named after the operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitnet_ext import ops
+
+pytestmark = pytest.mark.gpu
+
+raw = torch.ops.bitnet_ext
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KS = [1, 3, 16, 17, 63, 64, 255, 257, 1000, 2560, 6912]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator(device="cuda").manual_seed(seed)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), device="cuda").to(dtype)
+
+
+def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=generator(seed), device="cuda", dtype=torch.int8)
+
+
+def shifted(t: Tensor, elements: int = 1) -> Tensor:
+    """A contiguous copy of `t` that starts `elements` elements into its storage: aligned to nothing else."""
+    storage = torch.empty(t.numel() + elements, dtype=t.dtype, device=t.device)
+    view = storage[elements:].view(t.shape)
+    view.copy_(t)
+    assert view.is_contiguous()
+    return view
+
+
+def exact_ref(reference: Callable[..., tuple[Tensor, ...]], *args: object) -> tuple[Tensor, ...]:
+    """A `*_ref` twin computed on the CPU: on CUDA, PyTorch divides by a Python number by multiplying with its
+    reciprocal, which rounds twice."""
+    on_cpu = [a.cpu() if isinstance(a, Tensor) else a for a in args]
+    return tuple(t.cuda() for t in reference(*on_cpu))
+
+
+def poison(*tensors: Tensor) -> None:
+    """Fills memory and frees it, so that the next results of these sizes start as garbage, not as zeros or
+    as the right values of a run before."""
+    blocks = [torch.full((max(t.numel() * t.element_size(), 1),), 0xC5, dtype=torch.uint8, device="cuda")
+              for t in tensors]  # fmt: skip
+    del blocks
+
+
+def assert_within_twice(got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """No further from float64 than twice plain PyTorch in the same dtype, and a floor of one rounding."""
+    assert got.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    limit = 2 * (eager.double() - exact).abs().max() + torch.finfo(got.dtype).eps * exact.abs().max()
+    assert (got.double() - exact).abs().max() <= limit
+
+
+def assert_same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
+    """Equal bits, NaN included."""
+    for a, b in zip(first, second, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.equal(
+            a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+        )
+
+
+@pytest.fixture(autouse=True)
+def _free() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()
+
+
+# --- quantisers and packing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [*KS, 8192, 8200, 16383])
+def test_quantisers_on_unaligned_rows(K: int, dtype: torch.dtype) -> None:
+    """Rows longer than a thread's registers (1,024 and 8,192 values) and rows that start anywhere."""
+    x = normal(9, K, dtype=dtype, seed=K) * torch.logspace(-3, 3, 9, device="cuda").unsqueeze(1).to(dtype)
+    gain = normal(K, seed=1)
+    expected = exact_ref(ops.quantize_act_int8_ref, x)
+    expected_norm = exact_ref(ops.rms_norm_quantize_ref, x, gain, 1e-6)
+    for values, gains in ((x, gain), (shifted(x), shifted(gain)), (shifted(x, 3), gain)):
+        poison(*expected, *expected_norm)
+        assert_same(raw.quantize_act_int8(values), expected)
+        x_i8, act_scale, rstd = raw.rms_norm_quantize(values, gains, 1e-6)
+        # The float64 sum of squares has another order than the reference's; its rounding to float32 may
+        # differ once in 2**28, and then the integers would too.
+        assert_same((x_i8, act_scale, rstd), expected_norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [*KS, 8192])
+@pytest.mark.parametrize("N", [1, 37, 301])
+def test_weight_quantisers_on_unaligned_rows(K: int, N: int, dtype: torch.dtype) -> None:
+    w = (normal(N, K, seed=K + N) * 0.02).to(dtype)
+    codes, scale = exact_ref(ops.quantize_weight_ternary_ref, w)
+    packed = ops.pack_ternary_ref(codes)
+    for weight in (w, shifted(w), shifted(w, 2)):
+        poison(codes, packed, scale)
+        assert_same(raw.quantize_weight_ternary(weight), (codes, scale))
+        poison(codes, packed, scale)
+        assert_same(raw.quantize_pack_weight(weight), (packed, scale))
+
+
+@pytest.mark.parametrize("K", KS)
+@pytest.mark.parametrize("N", [1, 37])
+def test_packing_on_unaligned_rows(K: int, N: int) -> None:
+    codes = integers(-1, 2, N, K, seed=K)
+    packed = ops.pack_ternary_ref(codes)
+    row_scale = torch.rand(N, generator=generator(1), device="cuda") + 0.1
+    for shift in (0, 1, 2, 4):
+        poison(packed, codes)
+        assert torch.equal(raw.pack_ternary(shifted(codes, shift)), packed)
+        poison(packed, codes)
+        assert torch.equal(raw.unpack_ternary(shifted(packed, shift), K), codes)
+        for dtype in DTYPES:
+            for scale in (row_scale[:1], row_scale):
+                poison(torch.empty(N, K, dtype=dtype))
+                got = raw.dequantize_ternary(shifted(packed, shift), scale, K, dtype)
+                assert torch.equal(got, (codes.float() * scale.unsqueeze(1)).to(dtype))
+            poison(torch.empty(N, K, dtype=dtype))
+            got = raw.dequantize_act(shifted(codes * 100, shift), row_scale, dtype)
+            assert torch.equal(got, ((codes * 100).float() * row_scale.unsqueeze(1)).to(dtype))
+
+
+def test_pack_clamps_and_unpack_reads_the_invalid_value_as_one() -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int16, device="cuda").to(torch.int8).view(4, 64)
+    assert torch.equal(raw.unpack_ternary(raw.pack_ternary(codes), 64), codes.clamp(-1, 1))
+    every_byte = torch.arange(256, device="cuda").to(torch.uint8).view(4, 64)
+    stored = (every_byte.int().unsqueeze(-1) >> torch.tensor([0, 2, 4, 6], device="cuda")) & 3
+    expected = (stored.clamp(max=2) - 1).to(torch.int8).view(4, 256)
+    assert torch.equal(raw.unpack_ternary(every_byte, 256), expected)
+    assert torch.equal(raw.unpack_ternary(every_byte, 253), expected[:, :253])
+
+
+# --- products -----------------------------------------------------------------------------------------------
+
+
+def exact_product(x: Tensor, codes: Tensor) -> Tensor:
+    return (x.double() @ codes.double().t()).to(torch.int32)
+
+
+@pytest.mark.parametrize("K", KS)
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 8, 9, 17, 124, 513])
+def test_products_of_every_path(M: int, K: int) -> None:
+    for N in (1, 33, 257):
+        x, codes = integers(-128, 128, M, K, seed=M), integers(-1, 2, N, K, seed=N)
+        packed = ops.pack_ternary_ref(codes)
+        expected = exact_product(x, codes)
+        for shift_x, shift_w in ((0, 0), (1, 0), (0, 1), (3, 2), (16, 16)):
+            poison(expected)
+            got = raw.int8xint2_mm_int32(shifted(x, shift_x), shifted(packed, shift_w))
+            assert got.shape == (M, N) and torch.equal(got, expected), (N, shift_x, shift_w)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [
+        (1300, 2049, 256),  # tiles of 128 x 128, ragged in both directions
+        (1280, 2176, 64),  # one step along K, which is shorter than the ring of stages
+        (2050, 1100, 1600),
+        (513, 1100, 320),  # tiles of 64 x 64
+        (1000, 700, 1024),
+        (1000, 1001, 1001),  # the same tile with unaligned rows
+        (40, 2560, 2560),  # tiles of 32 x 32
+        (16, 512, 6912),
+    ],
+)
+def test_tiles(M: int, N: int, K: int) -> None:
+    x, codes = integers(-128, 128, M, K), integers(-1, 2, N, K, seed=1)
+    packed = ops.pack_ternary_ref(codes)
+    expected = exact_product(x, codes)
+    poison(expected)
+    assert torch.equal(raw.int8xint2_mm_int32(x, packed), expected)
+
+
+@pytest.mark.parametrize("M", range(1, 9))
+@pytest.mark.parametrize(("N", "K"), [(8451, 256), (9001, 2048), (16384, 4160), (20001, 100)])
+def test_gemv_with_many_rows(M: int, N: int, K: int) -> None:
+    """N beyond 64 rows a multiprocessor: a warp handles four rows."""
+    x, codes = integers(-128, 128, M, K, seed=M), integers(-1, 2, N, K, seed=1)
+    packed = ops.pack_ternary_ref(codes)
+    expected = exact_product(x, codes)
+    poison(expected)
+    assert torch.equal(raw.int8xint2_mm_int32(x, packed), expected)
+
+
+@pytest.mark.parametrize("K", [2560, 8192, 28672])
+@pytest.mark.parametrize("M", [1, 2, 5, 8, 40, 300])
+@pytest.mark.parametrize(("value", "code"), [(127, 1), (-128, 1), (127, -1), (-128, -1)])
+def test_largest_sums(M: int, K: int, value: int, code: int) -> None:
+    x = torch.full((M, K), value, dtype=torch.int8, device="cuda")
+    packed = ops.pack_ternary_ref(torch.full((33, K), code, dtype=torch.int8, device="cuda"))
+    expected = torch.full((M, 33), value * code * K, dtype=torch.int32, device="cuda")
+    poison(expected)
+    assert torch.equal(raw.int8xint2_mm_int32(x, packed), expected)
+
+
+@pytest.mark.parametrize("M", [1, 3, 8, 9, 65])
+@pytest.mark.parametrize("N", [96, 97])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_scale_and_bias(M: int, N: int, dtype: torch.dtype) -> None:
+    K = 192
+    x, codes = integers(-128, 128, M, K), integers(-1, 2, N, K, seed=1)
+    packed = ops.pack_ternary_ref(codes)
+    act_scale = torch.logspace(-4, 1, M, device="cuda")
+    uneven = [1, 30, 2, N - 35, 2]
+    most = [3] * 15 + [N - 45]  # 16 segments, the largest number
+    bias = normal(N, seed=2)
+    for sizes, count in (([], 1), ([], N), ([N], 1), (uneven, 5), (most, 16)):
+        weight_scale = torch.logspace(-3, 2, count, device="cuda")
+        rows = (
+            weight_scale if count == N else weight_scale.repeat_interleave(torch.tensor(sizes or [N]).cuda())
+        )
+        for b in (None, bias):
+            expected = exact_product(x, codes).float() * act_scale.unsqueeze(1) * rows
+            expected = (expected if b is None else expected + b).to(dtype)
+            poison(expected)
+            got = raw.int8xint2_mm(x, act_scale, packed, weight_scale, b, sizes, dtype)
+            assert torch.equal(got, expected), (sizes, b is not None)
+
+
+def test_nan_scales_reach_every_output_they_touch() -> None:
+    nan = float("nan")
+    for M in (1, 8, 9, 70):
+        x, packed = integers(-128, 128, M, 64), ops.pack_ternary_ref(integers(-1, 2, 40, 64, seed=1))
+        act_scale, one = torch.ones(M, device="cuda"), torch.ones(1, device="cuda")
+        act_scale[-1] = nan
+        y = raw.int8xint2_mm(x, act_scale, packed, one, None, [], torch.bfloat16)
+        assert y[-1].isnan().all() and not y[:-1].isnan().any()
+        y = raw.int8xint2_mm(x, torch.ones(M, device="cuda"), packed, one * nan, None, [], torch.float16)
+        assert y.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_bit_linear_of_bad_values(bad: float) -> None:
+    x, w = normal(12, 80), normal(24, 80, seed=1)
+    poisoned = x.clone()
+    poisoned[5, 79] = bad
+    for normalize in (False, True):
+        y = raw.bit_linear(poisoned, w, None, None, 1e-5, normalize, torch.float32)[0]
+        assert y.isnan().any(1).tolist() == [row == 5 for row in range(12)]
+        assert y[5].isnan().all()
+    w[23, 0] = bad
+    assert raw.bit_linear(x, w, None, None, 1e-5, True, torch.float32)[0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 5), (4, 31), (3, 1, 171)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bit_linear_is_its_parts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    K, N = 320, 129
+    x, w = normal(*shape, K, dtype=dtype), (normal(N, K, seed=1) * 0.02).to(dtype)
+    gain, bias = normal(K, seed=2), normal(N, seed=3)
+    for normalize, gains in ((False, None), (True, None), (True, gain)):
+        y, x_i8, act_scale, rstd, packed, weight_scale = raw.bit_linear(
+            x, w, bias, gains, 1e-5, normalize, torch.float32
+        )
+        if normalize:
+            assert_same((x_i8, act_scale, rstd), exact_ref(ops.rms_norm_quantize_ref, x, gains, 1e-5))
+        else:
+            assert_same((x_i8, act_scale), exact_ref(ops.quantize_act_int8_ref, x))
+            assert rstd.shape == (0,)
+        codes, scale = exact_ref(ops.quantize_weight_ternary_ref, w)
+        assert_same((packed, weight_scale), (ops.pack_ternary_ref(codes), scale))
+        assert torch.equal(y, ops.int8xint2_mm_ref(x_i8, act_scale, packed, weight_scale, bias=bias))
+
+
+# --- norm backward, optimiser, loss -------------------------------------------------------------------------
+
+
+def norm_backward(grad: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    rstd = rstd.unsqueeze(-1)
+    xhat, scaled = x * rstd, grad if gain is None else grad * gain
+    grad_x = rstd * (scaled - xhat * (scaled * xhat).mean(-1, keepdim=True))
+    return grad_x, (grad * xhat).sum(0)
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "K"), [(0, 8), (1, 1), (124, 256), (257, 63), (1025, 2560), (3, 6912)])
+def test_norm_backward(M: int, K: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    x, grad = normal(M, K, dtype=dtype), normal(M, K, dtype=grad_dtype, seed=1)
+    gain = normal(K, seed=2)
+    rstd = (x.double().square().mean(-1) + 1e-5).rsqrt().float()
+    for gains, shift in ((gain, 0), (gain, 1), (None, 0)):
+        values, grads = shifted(x, shift), shifted(grad, shift)
+        poison(x, gain)
+        grad_x, grad_gain = raw.rms_norm_backward(grads, values, gains, rstd)
+        assert_same((grad_x, grad_gain), raw.rms_norm_backward(grads, values, gains, rstd))
+        wide = [None if t is None else t.double() for t in (grad, x, gains, rstd)]
+        exact_x, exact_gain = norm_backward(*wide)  # type: ignore[arg-type]
+        eager_x, eager_gain = norm_backward(grad.float(), x.float(), gains, rstd)
+        assert grad_x.dtype == dtype
+        assert_within_twice(grad_x, eager_x.to(dtype), exact_x)
+        if gains is None:
+            assert grad_gain.shape == (0,)
+        else:
+            assert_within_twice(grad_gain, eager_gain, exact_gain)
+
+
+def odd_tensors(count: int, seed: int) -> list[Tensor]:
+    """Sizes around a block of 4,096, an empty one, and one that starts at an odd element."""
+    sizes = [1, 3, 4095, 4096, 4097, 0, 12289, 257]
+    tensors = [normal(sizes[i % len(sizes)], seed=seed * 1000 + i) for i in range(count)]
+    tensors[2] = shifted(tensors[2])
+    tensors[6 % count] = shifted(tensors[6 % count], 2)
+    return tensors
+
+
+@pytest.mark.parametrize("count", [7, 73, 300])
+def test_sum_of_squares(count: int) -> None:
+    """More tensors than one launch's table holds; 16-bit tensors among them."""
+    tensors = odd_tensors(count, 1)
+    tensors[0], tensors[3] = tensors[0].bfloat16(), tensors[3].half()
+    tensors = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+    total = raw.sum_of_squares(tensors)
+    assert total.dtype == torch.float64 and total.shape == ()
+    exact = math.fsum(float(t.double().square().sum()) for t in tensors)
+    assert float(total) == pytest.approx(exact, rel=1e-13)
+    assert_same((total,), (raw.sum_of_squares(tensors),))
+    assert float(raw.sum_of_squares([tensors[5]])) == 0.0  # an empty tensor only
+    tensors[4][17] = float("inf")
+    assert math.isinf(float(raw.sum_of_squares(tensors)))
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("count", [8, 150])
+def test_adam_many_tensors(count: int, decoupled: bool, decay: bool) -> None:
+    lr, weight_decay, beta1, beta2, eps, scale = 3e-3, 0.1, 0.9, 0.95, 1e-8, 0.37
+    params, grads = odd_tensors(count, 1), odd_tensors(count, 2)
+    starts = [p.clone() for p in params]
+    exp_avg, exp_avg_sq = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    exact = [(p.double(), torch.zeros_like(p).double(), torch.zeros_like(p).double()) for p in starts]
+    eager = [(p.clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in starts]
+    options = dict(lr=lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps)
+    options |= dict(decoupled=decoupled, decay=decay, grad_scale=scale)
+    grad_scale = torch.tensor(scale, device="cuda")
+    for step in range(1, 4):
+        hyper = torch.tensor([lr, weight_decay, 1 - beta1**step, 1 - beta2**step], device="cuda")
+        raw.adam_step_(
+            params, grads, exp_avg, exp_avg_sq, hyper, grad_scale, beta1, beta2, eps, decoupled, decay
+        )
+        exact = [
+            ops.adam_step_ref(p, g.double(), m, v, step=step, **options)
+            for (p, m, v), g in zip(exact, grads, strict=True)
+        ]
+        eager = [
+            ops.adam_step_ref(p, g, m, v, step=step, **options)
+            for (p, m, v), g in zip(eager, grads, strict=True)
+        ]
+    for i in range(count):
+        for got, plain, true in zip((params[i], exp_avg[i], exp_avg_sq[i]), eager[i], exact[i], strict=True):
+            # Three steps of one rounding of lr and of the bias corrections, which arrive as float32.
+            floor = 4e-7 * true.abs().max() if true.numel() else 0.0
+            if true.numel():
+                limit = 2 * (plain.double() - true).abs().max() + floor
+                assert (got.double() - true).abs().max() <= limit, (i, got.shape)
+
+
+def logits_of(T: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    z = (normal(T, V, seed=seed) * 4).to(dtype)
+    target = torch.randint(0, V, (T,), generator=generator(seed + 1), device="cuda")
+    target[::3] = -100
+    return z, target
+
+
+def eager_stats(z: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    lse = z.logsumexp(-1)
+    p = torch.softmax(z, -1)
+    picked = z.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return lse, torch.where(target >= 0, picked, 0), z.mean(-1), (p * z).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [1, 2, 7, 33, 1000, 8191, 8192, 50257])
+def test_softmax_stats(V: int, dtype: torch.dtype) -> None:
+    z, target = logits_of(13, V, dtype)
+    exact, eager = eager_stats(z.double(), target), eager_stats(z.float(), target)
+    for logits in (z, shifted(z), shifted(z, 3)):
+        poison(*exact)
+        got = raw.softmax_stats(logits, target)
+        for a, b, c in zip(got[:4], eager, exact, strict=True):
+            assert a.dtype == torch.float32
+            assert_within_twice(a, b, c)
+        assert torch.equal(got[4], z.float().argmax(-1))
+        assert_same(tuple(got), tuple(raw.softmax_stats(logits, target)))
+
+
+def test_softmax_stats_of_ties_and_infinities() -> None:
+    V = 50257
+    z = torch.zeros(5, V, device="cuda")
+    z[0] = 1.5  # all equal: the lowest index
+    z[1, [40001, 123, 50256]] = 9.0  # ties far apart
+    z[2] = -float("inf")
+    z[2, 777:779] = 2.0  # masked logits count for nothing
+    z[3, 5] = float("nan")
+    z[4, 6] = float("inf")
+    target = torch.tensor([0, 123, 777, 1, V], device="cuda")
+    lse, target_logit, mean_logit, expected_logit, argmax = raw.softmax_stats(z, target)
+    assert argmax[:3].tolist() == [0, 123, 777]
+    assert ((argmax >= 0) & (argmax < V)).all()
+    torch.testing.assert_close(lse[0].item(), 1.5 + math.log(V), rtol=1e-6, atol=0)
+    torch.testing.assert_close(lse[2].item(), 2.0 + math.log(2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(expected_logit[2].item(), 2.0, rtol=1e-6, atol=0)
+    assert mean_logit[2].item() == -float("inf")
+    assert not lse[3:].isfinite().any() and not expected_logit[3:].isfinite().any()
+    assert target_logit[4].isnan()  # a target beyond the vocabulary cannot throw here, and is not hidden
+    nothing = raw.softmax_stats(torch.full((1, 9000), -float("inf"), device="cuda"), target[:1])
+    assert nothing[0].item() == -float("inf") or nothing[0].isnan().item()
+    assert nothing[4].item() == 0
+
+
+def fp_softmax_grad(z: Tensor, target: Tensor, lse: Tensor, rows: tuple[Tensor, ...], log_marginal: Tensor | None,
+                    weights: tuple[float, float, float, float]) -> Tensor:  # fmt: skip
+    scale, coef = (t.to(z.dtype).unsqueeze(1) for t in rows)
+    entropy, diversity, on_target, uniform = weights
+    shift = z - lse.to(z.dtype).unsqueeze(1)
+    inner = coef + entropy * shift
+    if log_marginal is not None:
+        inner = inner + diversity * log_marginal.to(z.dtype)
+    hot = torch.zeros_like(z).scatter_(1, target.clamp(min=0).unsqueeze(1), 1.0)
+    hot = hot * (target >= 0).unsqueeze(1)
+    return scale * (shift.exp() * inner - on_target * hot - uniform)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [1, 7, 33, 4099, 50257])
+@pytest.mark.parametrize("with_marginal", [False, True])
+def test_softmax_grad(V: int, dtype: torch.dtype, with_marginal: bool) -> None:
+    z, target = logits_of(11, V, dtype, seed=3)
+    lse = z.double().logsumexp(-1).float()
+    rows = (torch.rand(11, device="cuda") + 0.5, torch.rand(11, device="cuda") + 0.5)
+    log_marginal = -torch.rand(V, device="cuda") * 9 if with_marginal else None
+    weights = (0.3, 0.2, 0.9, 0.1 / V)
+    exact = fp_softmax_grad(z.double(), target, lse, rows, log_marginal, weights)
+    eager = fp_softmax_grad(z.float(), target, lse, rows, log_marginal, weights).to(dtype)
+    for shift in (0, 1, 3):
+        got, again = shifted(z, shift), shifted(z, shift)
+        marginal = None if log_marginal is None else shifted(log_marginal, shift)
+        raw.softmax_grad_(got, target, lse, *rows, marginal, *weights)
+        raw.softmax_grad_(again, target, lse, *rows, marginal, *weights)
+        assert_same((got,), (again,))
+        assert_within_twice(got, eager, exact)
+
+
+# --- CUDA itself: graphs, streams, devices, large tensors, errors -------------------------------------------
+
+
+def captured(function: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """Warms up on a side stream (modules are loaded lazily), then captures one call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+@pytest.mark.parametrize("M", [1, 8, 31, 600])
+def test_bit_linear_in_a_graph(M: int) -> None:
+    x, w, gain = normal(M, 512), normal(300, 512, seed=1) * 0.02, normal(512, seed=2)
+    graph, outputs = captured(lambda: raw.bit_linear(x, w, None, gain, 1e-5, True, torch.bfloat16))
+    for seed in (5, 6):
+        x.copy_(normal(M, 512, seed=seed))
+        w.copy_(normal(300, 512, seed=seed + 10) * 0.05)
+        graph.replay()
+        assert_same(tuple(outputs), tuple(raw.bit_linear(x, w, None, gain, 1e-5, True, torch.bfloat16)))  # type: ignore[call-overload]
+
+
+def test_optimiser_in_a_graph() -> None:
+    """lr, the bias corrections and the clipping factor are read on the device, so a replay follows them."""
+    beta1, beta2, eps = 0.9, 0.95, 1e-8
+    params, grads = odd_tensors(80, 1), odd_tensors(80, 2)
+    exp_avg, exp_avg_sq = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    hyper, grad_scale = torch.zeros(4, device="cuda"), torch.zeros((), device="cuda")
+    set_hyper = [torch.tensor([1e-3 / s, 0.1, 1 - beta1**s, 1 - beta2**s], device="cuda") for s in (1, 2, 3)]
+    hyper.copy_(set_hyper[0])
+
+    def step() -> Tensor:
+        total = raw.sum_of_squares(grads)
+        grad_scale.copy_((1.0 / total.sqrt()).clamp(max=1.0))
+        raw.adam_step_(params, grads, exp_avg, exp_avg_sq, hyper, grad_scale, beta1, beta2, eps, True, True)
+        return total
+
+    start = [p.clone() for p in params]
+    graph, total = captured(step)
+    for tensors, values in ((params, start), (exp_avg, None), (exp_avg_sq, None)):
+        for i, t in enumerate(tensors):
+            t.copy_(values[i]) if values else t.zero_()
+    for values in set_hyper:
+        hyper.copy_(values)
+        graph.replay()
+    replayed = [p.clone() for p in params]
+
+    for tensors, values in ((params, start), (exp_avg, None), (exp_avg_sq, None)):
+        for i, t in enumerate(tensors):
+            t.copy_(values[i]) if values else t.zero_()
+    for values in set_hyper:
+        hyper.copy_(values)
+        assert_same((step(),), (total,))  # type: ignore[arg-type]
+    assert_same(tuple(params), tuple(replayed))
+    assert all(not torch.equal(p, s) for p, s in zip(params, start, strict=True) if p.numel())
+
+
+def test_loss_and_norm_in_a_graph() -> None:
+    z, target = logits_of(9, 50257, torch.float32)
+    x, grad, gain, rstd = normal(600, 64), normal(600, 64, seed=1), normal(64, seed=2), torch.rand(600).cuda()
+
+    def step() -> tuple[Tensor, ...]:
+        stats = raw.softmax_stats(z, target)
+        out = z.clone()
+        raw.softmax_grad_(out, target, stats[0], stats[0], stats[2], None, 0.1, 0.0, 1.0, 0.0)
+        return (*stats, out, *raw.rms_norm_backward(grad, x, gain, rstd))
+
+    graph, outputs = captured(step)
+    z.copy_(logits_of(9, 50257, torch.float32, seed=7)[0])
+    x.copy_(normal(600, 64, seed=8))
+    graph.replay()
+    assert_same(outputs, step())  # type: ignore[arg-type]
+
+
+def test_current_stream_is_used() -> None:
+    """Without it the product would start before the slow fill of its input is done."""
+    x, packed = (
+        torch.zeros(64, 4096, dtype=torch.int8, device="cuda"),
+        ops.pack_ternary_ref(integers(-1, 2, 96, 4096)),
+    )
+    new = integers(-128, 128, 64, 4096)
+    expected = raw.int8xint2_mm_int32(new, packed)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(new)
+        got = raw.int8xint2_mm_int32(x, packed)
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_of_the_tensors_is_used() -> None:
+    x, w = normal(20, 128), normal(64, 128, seed=1)
+    expected = raw.bit_linear(x, w, None, None, 1e-5, True, torch.float32)
+    got = raw.bit_linear(x.to("cuda:1"), w.to("cuda:1"), None, None, 1e-5, True, torch.float32)
+    assert torch.cuda.current_device() == 0
+    assert all(t.device == torch.device("cuda:1") for t in got)
+    assert_same(tuple(t.to("cuda:0") for t in got), tuple(expected))
+
+
+def _needs(gib: int) -> None:
+    free = torch.cuda.mem_get_info()[0] >> 30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of GPU memory, {free} are free")
+
+
+def test_offsets_beyond_int32() -> None:
+    """More than 2**31 elements in one tensor, and more rows than gridDim.y could count."""
+    _needs(40)
+    M, K = (1 << 21) + 5, 1024
+    x = torch.zeros(M, K, dtype=torch.bfloat16, device="cuda")
+    x[-3:] = normal(3, K, dtype=torch.bfloat16)
+    expected, expected_scale = exact_ref(ops.quantize_act_int8_ref, x[-3:])
+    x_i8, act_scale = raw.quantize_act_int8(x)
+    assert torch.equal(x_i8[-3:], expected) and torch.equal(act_scale[-3:], expected_scale)
+    del x
+    codes = integers(-1, 2, 3, K)
+    packed = ops.pack_ternary_ref(codes)
+    assert torch.equal(raw.int8xint2_mm_int32(x_i8, packed)[-3:], exact_product(expected, codes))
+    del x_i8
+    codes = torch.zeros(M, K, dtype=torch.int8, device="cuda")
+    codes[-3:] = integers(-1, 2, 3, K, seed=1)
+    packed = raw.pack_ternary(codes)
+    assert torch.equal(packed[-3:], ops.pack_ternary_ref(codes[-3:]))
+    assert torch.equal(raw.unpack_ternary(packed, K)[-3:], codes[-3:])
+    for tokens in (2, 12):  # outputs [12, 2**21], and the rows of a gemv
+        small = integers(-128, 128, tokens, K)
+        assert torch.equal(raw.int8xint2_mm_int32(small, packed)[:, -3:], exact_product(small, codes[-3:]))
+    del codes, packed
+    x = integers(-128, 128, 70_000, 64)
+    codes = integers(-1, 2, 32_768, 64, seed=1)
+    got = raw.int8xint2_mm_int32(x, ops.pack_ternary_ref(codes))  # 2.3e9 outputs
+    assert torch.equal(got[-200:], exact_product(x[-200:], codes))
+
+
+def test_errors_name_operator_and_argument() -> None:
+    x, w = normal(3, 20), normal(8, 20, seed=1)
+    cases = [
+        (lambda: raw.quantize_act_int8(x.t()), r"bitnet_ext.quantize_act_int8: x must be contiguous"),
+        (lambda: raw.quantize_act_int8(x.double()), "x must be float32, bfloat16 or float16; got float64"),
+        (lambda: raw.bit_linear(x, w.cpu(), None, None, 1e-5, True, torch.float32), "weight must be on cuda:0"),
+        (lambda: raw.bit_linear(x[:, :19].contiguous(), w, None, None, 1e-5, True, torch.float32), "K = 20"),
+        (lambda: raw.rms_norm_quantize(x, w[0, :7].contiguous(), 1e-5), r"gain must have shape \[20\]"),
+        (lambda: raw.unpack_ternary(torch.zeros(2, 4, dtype=torch.uint8).cuda(), 20), r"\[N, 5\] for K = 20"),
+        (lambda: raw.softmax_stats(x, torch.zeros(2, dtype=torch.int64).cuda()), r"target must have shape \[3\]"),
+        (lambda: raw.sum_of_squares([x, w.cpu()]), r"tensors\[1\] must be on cuda:0"),
+    ]  # fmt: skip
+    for call, match in cases:
+        with pytest.raises(RuntimeError, match=match):
+            call()
