@@ -11,9 +11,9 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace bitnet_ext {
@@ -21,13 +21,25 @@ namespace bitnet_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A part of a message as text. std::ostringstream is avoided: where torch has brought a second libstdc++ into
+// the process, writing a number to one crashes (seen with torch 2.11 and a statically linked gcc 13).
+inline std::string text_of(const char* part) {
+  return part;
+}
+inline std::string text_of(const std::string& part) {
+  return part;
+}
+template <typename Number, typename = std::enable_if_t<std::is_arithmetic_v<Number>>>
+std::string text_of(Number part) {
+  return std::to_string(part);
+}
+
 // Throws "bitnet_ext.<op>: <parts...>".
 template <typename... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
-  std::ostringstream text;
-  text << "bitnet_ext." << op << ": ";
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  std::string text = std::string("bitnet_ext.") + op + ": ";
+  ((text += text_of(parts)), ...);
+  throw std::runtime_error(text);
 }
 
 inline const char* dtype_name(ScalarType dtype) {
@@ -58,11 +70,9 @@ inline const char* dtype_name(ScalarType dtype) {
 }
 
 inline std::string shape_text(const std::vector<int64_t>& sizes) {
-  std::ostringstream text;
-  text << "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
-  text << "]";
-  return text.str();
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& t) {

@@ -11,8 +11,13 @@
 namespace bitnet_ext::cpu::avx2 {
 namespace {
 
-constexpr int kTileRows = 2;
-constexpr int kTileTokens = 2;
+#ifndef TR
+#define TR 2
+#define TT 4
+#endif
+constexpr int kTileRows = TR;
+constexpr int kTileTokens = TT;
+constexpr int kTileRowsTwo = 2;
 constexpr int kTileRowsOne = 4;
 constexpr int kFlushBlocks = 10;  // half blocks of 32 packed bytes, 4 vpmaddubsw each
 
@@ -123,6 +128,9 @@ void dot(const int8_t* planes, const int32_t* sums, int64_t tokens, const uint8_
   int64_t m = 0;
   for (; m + kTileTokens <= tokens; m += kTileTokens) {
     all_rows<kTileRows, kTileTokens>(planes + m * stride, sums + m, packed, rows, bytes, stride, acc + m * ld, ld);
+  }
+  for (; m + 2 <= tokens; m += 2) {
+    all_rows<kTileRowsTwo, 2>(planes + m * stride, sums + m, packed, rows, bytes, stride, acc + m * ld, ld);
   }
   if (m < tokens) {
     all_rows<kTileRowsOne, 1>(planes + m * stride, sums + m, packed, rows, bytes, stride, acc + m * ld, ld);
