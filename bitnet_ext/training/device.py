@@ -22,7 +22,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     problem = _cuda_problem(name)
     if problem is None:
-        return torch.device("cuda" if name == "auto" else name)
+        index = torch.device("cuda" if name == "auto" else name).index
+        return torch.device("cuda", torch.cuda.current_device() if index is None else index)
     if name == "auto":
         return torch.device("cpu")
     raise ValueError(f"device {name!r} cannot be used: {problem}")

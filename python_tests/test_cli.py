@@ -1,0 +1,138 @@
+"""The command line: the example and ``bitnet-ext``, on a small text, with good and bad arguments."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitnet_ext import cli
+from bitnet_ext.collapse.arms import ARMS, arm_config, report_config
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "train_collapse.py"
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BITNET_EXT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "text.txt"
+    lines = (
+        f"Line {n} of a small text about rivers, hills and the town of number {n % 17}." for n in range(400)
+    )
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+def study_arguments(text: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "collapse", "--model", "collapse-64", "--steps", "6", "--eval-tokens", "124", "--device", "cpu",
+        "--data", str(text), "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with open(out / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_study_from_start_to_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "study"
+    arms = ["standard-lr", "adamw", "fp-twin"]
+    assert cli.main(study_arguments(text, out, "--arms", *arms)) == 0
+    printed = capsys.readouterr().out
+    assert "Tokens @" in printed and "report.html" in printed
+    assert {row["arm"] for row in rows(out)} == set(arms)
+    assert [row["step"] for row in rows(out) if row["arm"] == "adamw"] == ["1", "2", "5", "6"]
+    assert len(list((out / "figures").glob("*.png"))) >= 5
+    report = (out / "report.html").read_text()
+    assert "<table" in report and 'src="http' not in report and "data:image/png;base64" in report
+    study = json.loads((out / "study.json").read_text())
+    assert study["config"]["arms"] == arms and study["data"]["train_tokens"] > 1000
+    # Within a seed all arms start from the same weights and see the same rows.
+    first = [row for row in rows(out) if row["step"] == "1"]
+    assert first[0]["train_loss"] == first[1]["train_loss"] != first[2]["train_loss"]
+
+    # The same folder again is refused; with --resume arms and seeds are added and nothing is repeated.
+    assert cli.main(study_arguments(text, out, "--arms", *arms)) == 2
+    assert "--resume" in capsys.readouterr().err
+    stamp = (out / "adamw" / "seed0" / "metrics.jsonl").stat().st_mtime_ns
+    assert cli.main(study_arguments(text, out, "--resume", "--arms", "no-decay", "--seeds", "2")) == 0
+    assert (out / "adamw" / "seed0" / "metrics.jsonl").stat().st_mtime_ns == stamp
+    assert {(row["arm"], row["seed"]) for row in rows(out)} == {
+        (a, s) for a in (*arms, "no-decay") for s in "01"
+    }
+    assert cli.main(["collapse", "--resume", "--out", str(out), "--device", "cpu", "--steps", "9"]) == 2
+    assert "steps is 9, but the study" in capsys.readouterr().err
+
+
+def test_the_example_and_its_list_of_arms() -> None:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--list-arms"], capture_output=True, text=True, check=True
+    )
+    assert [line.split()[0] for line in result.stdout.splitlines()] == list(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "dropout"], "arm 'dropout' is unknown; accepted are standard-lr"),
+        (["--arms", "adamw", "adamw"], "arms must be one or more different names"),
+        (["--steps", "0"], "steps must be >= 1, got 0"),
+        (["--model", "gpt-5"], "name must be one of collapse-64"),
+        (["--device", "tpu"], "device must be auto"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study"
+    assert cli.main([*study_arguments(text, out), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_missing_and_empty_corpora(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    for data in (tmp_path / "nothing.txt", empty):
+        assert cli.main([*study_arguments(text, tmp_path / "study"), "--data", str(data)]) == 2
+        error = capsys.readouterr().err
+        assert data.name in error and len(error.splitlines()) == 1
+
+
+def test_train_and_generate(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    train = [
+        "train", "--data", str(text), "--model", "collapse-64", "--out", str(out), "--device", "cpu", "--steps", "3",
+        "--batch-size", "2", "--seq-len", "16", "--grad-clip", "none", "--no-decay-embeddings",
+    ]  # fmt: skip
+    assert cli.main(train) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", str(out), "The river", "--max-new-tokens", "5", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("The river")
+    assert cli.main(["generate", str(tmp_path), "The river"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    assert cli.main(train) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    assert json.loads(capsys.readouterr().out)["cpu_isa"] in ("scalar", "avx2", "avx512")
+
+
+def test_every_arm_differs_from_the_standard_run() -> None:
+    assert set(ARMS) == {
+        "standard-lr", "reduced-lr", "two-stage", "label-smoothing", "grad-clip", "entropy", "diversity", "output-l2",
+        "adamw", "no-decay", "fp-twin", "fp-twin-adamw",
+    }  # fmt: skip
+    base = report_config(100, 0).to_dict()
+    for name, arm in ARMS.items():
+        changed = {k for k, v in arm_config(name, 100, 0).to_dict().items() if base[k] != v}
+        assert changed <= set(arm.train)
+        assert changed or arm.quantization == "none" or name == "standard-lr"
+    assert report_config(100, 0).tokens_per_step == 124
