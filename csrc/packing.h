@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
-// Internal linkage on the host: each instruction set of csrc/cpu must keep the copy that was compiled with its
-// own flags, and merged copies could leave AVX-512 code in the scalar path.
+// Internal linkage on the host: each instruction set of csrc/cpu must keep the copy that was compiled with
+// its own flags, and merged copies could leave AVX-512 code in the scalar path.
 #ifdef __CUDACC__
 #define BITNET_EXT_INLINE static __host__ __device__ __forceinline__
 #else
@@ -24,7 +24,9 @@ namespace bitnet_ext {
 constexpr int kCodesPerByte = 4;
 constexpr uint8_t kPackedZero = 0x55;  // four weights of 0
 
-BITNET_EXT_INLINE int64_t packed_bytes(int64_t K) { return (K + kCodesPerByte - 1) / kCodesPerByte; }
+BITNET_EXT_INLINE int64_t packed_bytes(int64_t K) {
+  return (K + kCodesPerByte - 1) / kCodesPerByte;
+}
 
 // The four stored values (code + 1, each in 0..3) of a byte, one in each byte of the result, first lowest.
 BITNET_EXT_INLINE uint32_t spread_byte(uint8_t packed) {

@@ -4,7 +4,7 @@ offsets beyond 2**31. What both devices share is tested by the files named after
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -50,8 +50,8 @@ def exact_ref(reference: Callable[..., tuple[Tensor, ...]], *args: object) -> tu
 def poison(*tensors: Tensor) -> None:
     """Fills memory and frees it, so that the next results of these sizes start as garbage, not as zeros or
     as the right values of a run before."""
-    blocks = [torch.full((max(t.numel() * t.element_size(), 1),), 0xC5, dtype=torch.uint8, device="cuda")
-              for t in tensors]  # fmt: skip
+    sizes = [max(t.numel() * t.element_size(), 1) for t in tensors]
+    blocks = [torch.full((size,), 0xC5, dtype=torch.uint8, device="cuda") for size in sizes]
     del blocks
 
 
@@ -71,12 +71,6 @@ def assert_same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
         assert torch.equal(
             a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
         )
-
-
-@pytest.fixture(autouse=True)
-def _free() -> Iterator[None]:
-    yield
-    torch.cuda.empty_cache()
 
 
 # --- quantisers and packing ---------------------------------------------------------------------------------
@@ -596,6 +590,8 @@ def test_offsets_beyond_int32() -> None:
     codes = integers(-1, 2, 32_768, 64, seed=1)
     got = raw.int8xint2_mm_int32(x, ops.pack_ternary_ref(codes))  # 2.3e9 outputs
     assert torch.equal(got[-200:], exact_product(x[-200:], codes))
+    del x, codes, got
+    torch.cuda.empty_cache()
 
 
 def test_errors_name_operator_and_argument() -> None:

@@ -43,7 +43,8 @@ def test_against_the_reference(
     device: str, terms: dict[str, float], T: int, V: int, H: int, chunked: bool
 ) -> None:
     hidden, weight, target = problem(T, V, H, device, scale=0.7)
-    extra = {"chunk_bytes": 4 * V * 7} if chunked else {}
+    # Halves: with a few rows the library itself sums thousands of products one after another.
+    extra = {"chunk_bytes": 4 * V * max(1, T // 2)} if chunked else {}
     out, grad_hidden, grad_weight = gradients(
         ops.linear_cross_entropy, hidden, weight, target, **terms, **extra
     )

@@ -52,7 +52,7 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "softmax_grad_": (
             logits.clone(),
             target,
-            stats.lse,
+            stats.lse.float(),
             make(M),
             make(M),
             make(V),

@@ -153,7 +153,7 @@ class PredictionStatistics:
         rows = max(1, min(logits.size(0), budget // (4 * self.vocab_size)))
         block = torch.empty(rows, self.vocab_size, dtype=torch.float32, device=logits.device)
         norms = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
-        shift = mean_logit - lse
+        shift = (mean_logit - lse).float()
         for start in range(0, logits.size(0), rows):
             here = slice(start, min(start + rows, logits.size(0)))
             centred = block[: here.stop - here.start]

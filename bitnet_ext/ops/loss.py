@@ -38,12 +38,12 @@ class SoftmaxStats(NamedTuple):
 
     @property
     def cross_entropy(self) -> Tensor:
-        """-log p(target), float32 [T]; equal to lse where the target is ignored."""
+        """-log p(target), float64 [T]; equal to lse where the target is ignored."""
         return self.lse - self.target_logit
 
     @property
     def entropy(self) -> Tensor:
-        """H(p) in nats, float32 [T]."""
+        """H(p) in nats, float64 [T]."""
         return self.lse - self.expected_logit
 
 
@@ -65,8 +65,8 @@ def softmax_stats(logits: Tensor, target: Tensor) -> SoftmaxStats:
         target: int64 [T]; a negative value marks an ignored row, whose target_logit is 0.
 
     Returns:
-        lse, target_logit, mean_logit (over V) and expected_logit (sum_j p_j z_j), float32 [T], and argmax
-        int64 [T] (the lowest index of equal ones).
+        lse float64 [T]; target_logit, mean_logit (over V) and expected_logit (sum_j p_j z_j), float32 [T];
+        argmax int64 [T] (the lowest index of equal ones).
     """
     op = "softmax_stats"
     _checks.tensor(op, "logits", logits, dtypes=_checks.FLOATS, dim=2)
@@ -84,7 +84,7 @@ def softmax_stats_ref(logits: Tensor, target: Tensor) -> SoftmaxStats:
     picked = z.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
     expected = (z.softmax(-1) * z).sum(-1)
     return SoftmaxStats(
-        lse.float(),
+        lse,
         torch.where(target >= 0, picked, 0.0).float(),
         z.mean(-1).float(),
         expected.float(),
@@ -199,14 +199,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = _logits(hidden[rows], head)
             stats.append(SoftmaxStats(*_ops.softmax_stats(logits, target[rows])))
             if mean_p is not None:
-                mean_p += share[rows] @ torch.exp(logits - stats[-1].lse.unsqueeze(1))
+                mean_p += share[rows] @ torch.exp(logits - stats[-1].lse.float().unsqueeze(1))
         lse, target_logit, mean_logit, expected_logit, _ = (
             torch.cat(parts) for parts in zip(*stats, strict=True)
         )
 
         # An ignored token has weight 0; `where` keeps its possible NaN out of the sums.
         def average(values: Tensor) -> Tensor:
-            return (torch.where(keep, values, 0.0) * share).sum()
+            return (torch.where(keep, values, 0.0) * share).sum().float()
 
         cross_entropy = average(lse - target_logit)
         entropy = average(lse - expected_logit)
@@ -240,6 +240,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = weight.detach().to(hidden.dtype)
         row_scale = grad_loss * share
         row_coef = 1.0 + 2.0 * z_weight * lse + entropy_weight * (lse - expected_logit)
+        # p = exp(z - lse) takes lse in float32, whose rounding (5e-7 at lse = 10) would scale a whole row.
+        lse, exact = lse.float(), lse
+        row_coef = (row_coef * (1.0 - (exact - lse))).float()
 
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head: Tensor | None = None

@@ -15,9 +15,14 @@ namespace {
 
 std::map<std::string, bool> cpu_features() {
   const cpu::Features& f = cpu::features();
-  return {{"avx2", f.avx2},           {"fma", f.fma},           {"f16c", f.f16c},
-          {"avx512f", f.avx512f},     {"avx512bw", f.avx512bw}, {"avx512vl", f.avx512vl},
-          {"avx512dq", f.avx512dq},   {"avx512_vnni", f.avx512_vnni}};
+  return {{"avx2", f.avx2},
+          {"fma", f.fma},
+          {"f16c", f.f16c},
+          {"avx512f", f.avx512f},
+          {"avx512bw", f.avx512bw},
+          {"avx512vl", f.avx512vl},
+          {"avx512dq", f.avx512dq},
+          {"avx512_vnni", f.avx512_vnni}};
 }
 
 std::vector<std::string> cpu_isas() {
@@ -38,7 +43,8 @@ std::string compiler() {
 #endif
 }
 
-// "80-real;90a-real" -> ["80-real", "90a-real"]; a comma separates too, because CMake treats a semicolon as its own.
+// "80-real;90a-real" -> ["80-real", "90a-real"]; a comma separates too, because CMake treats a semicolon as
+// its own.
 std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> parts;
   std::string part;
@@ -68,9 +74,12 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Facts about this CPU and this build of bitnet_ext.";
-  m.def("cpu_features", &bitnet_ext::cpu_features,
+  m.def("cpu_features",
+        &bitnet_ext::cpu_features,
         "Instruction set extensions that the CPU kernels look at: name -> whether this CPU has it.");
   m.def("cpu_isas", &bitnet_ext::cpu_isas, "Instruction sets with kernels that this CPU runs, best last.");
-  m.def("build_info", &bitnet_ext::build_info,
-        "version, torch (headers it was built with), compiler, cuda_archs (list), cuda_version (empty without CUDA).");
+  m.def("build_info",
+        &bitnet_ext::build_info,
+        "version, torch (headers it was built with), compiler, cuda_archs (list), cuda_version (empty "
+        "without CUDA).");
 }

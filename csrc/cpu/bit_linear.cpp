@@ -9,18 +9,22 @@ namespace {
 
 using torch::stable::parallel_for;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(const Tensor& x, const Tensor& weight,
-                                                                      const std::optional<Tensor>& bias,
-                                                                      const std::optional<Tensor>& norm_weight,
-                                                                      double norm_eps, bool normalize,
-                                                                      ScalarType out_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(
+    const Tensor& x,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& norm_weight,
+    double norm_eps,
+    bool normalize,
+    ScalarType out_dtype) {
   const char* op = "bit_linear";
   check_input(op, "x", x);
   check_input(op, "weight", weight);
   check_matrix(op, "weight", weight);
   const Rows rows = check_rows(op, "x", x);
   if (rows.K != weight.size(1)) {
-    fail(op, "x must have K = ", weight.size(1), " like weight ", shape_text(weight), "; got ", shape_text(x));
+    fail(
+        op, "x must have K = ", weight.size(1), " like weight ", shape_text(weight), "; got ", shape_text(x));
   }
   if (norm_weight && !normalize) fail(op, "norm_weight must be absent when normalize is false; got a tensor");
   optional_vector(op, "bias", bias, weight.size(0));
@@ -38,9 +42,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(const Tens
   return {y, x_i8, act_scale, rstd, packed, weight_scale};
 }
 
-// grad_gain is summed over blocks of rows, each in row order, and the blocks in order: the blocks depend on M only,
-// so the number of threads does not show. At most 256 blocks bound the partial sums to 1 kB a feature.
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& gain,
+// grad_gain is summed over blocks of rows, each in row order, and the blocks in order: the blocks depend on M
+// only, so the number of threads does not show. At most 256 blocks bound the partial sums to 1 kB a feature.
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y,
+                                             const Tensor& x,
+                                             const std::optional<Tensor>& gain,
                                              const Tensor& rstd) {
   const char* op = "rms_norm_backward";
   check_input(op, "grad_y", grad_y);
@@ -70,8 +76,15 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor&
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block_rows;
       const int64_t rows = std::min(block_rows, M - first);
-      table.rms_norm_backward(dy + first * dy_row, dtype_of(grad_y.scalar_type()), in + first * x_row,
-                              dtype_of(x.scalar_type()), gains, rstds + first, rows, K, out + first * x_row,
+      table.rms_norm_backward(dy + first * dy_row,
+                              dtype_of(grad_y.scalar_type()),
+                              in + first * x_row,
+                              dtype_of(x.scalar_type()),
+                              gains,
+                              rstds + first,
+                              rows,
+                              K,
+                              out + first * x_row,
                               gains ? partial.data() + b * K : nullptr);
     }
   });
@@ -79,7 +92,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor&
     auto* sum = static_cast<float*>(grad_gain.mutable_data_ptr());
     parallel_for(0, K, grain_for(blocks * 4), [&, K = K](int64_t begin, int64_t end) {
       std::fill(sum + begin, sum + end, 0.0f);
-      for (int64_t b = 0; b < blocks; ++b) table.add_to(sum + begin, partial.data() + b * K + begin, end - begin);
+      for (int64_t b = 0; b < blocks; ++b)
+        table.add_to(sum + begin, partial.data() + b * K + begin, end - begin);
     });
   }
   return {grad_x, grad_gain};

@@ -51,15 +51,18 @@ const Kernels& kernels() {
   if (!table) {
     const char* forced = std::getenv("BITNET_EXT_CPU_ISA");
     table = forced && *forced
-                ? &table_named(forced, "bitnet_ext: the environment variable BITNET_EXT_CPU_ISA must name an "
-                                       "instruction set")
+                ? &table_named(forced,
+                               "bitnet_ext: the environment variable BITNET_EXT_CPU_ISA must name an "
+                               "instruction set")
                 : &best_table();
     current.store(table, std::memory_order_release);
   }
   return *table;
 }
 
-std::string cpu_isa() { return kernels().name; }
+std::string cpu_isa() {
+  return kernels().name;
+}
 
 void set_cpu_isa(std::string isa) {
   current.store(&table_named(isa, "bitnet_ext._set_cpu_isa: isa must name an instruction set"),

@@ -1,5 +1,5 @@
-// Which kernel table the operators use: the best one this CPU runs, chosen once, unless the environment variable
-// BITNET_EXT_CPU_ISA or the operator _set_cpu_isa names another.
+// Which kernel table the operators use: the best one this CPU runs, chosen once, unless the environment
+// variable BITNET_EXT_CPU_ISA or the operator _set_cpu_isa names another.
 #pragma once
 
 #include "cpu/features.h"

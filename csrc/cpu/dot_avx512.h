@@ -1,9 +1,9 @@
-// The integer product with AVX-512 VNNI. vpdpbusd multiplies unsigned by signed bytes and adds groups of four to
-// int32: the stored values 0 .. 2 are the unsigned side, so no compensation beyond the sum of x is needed.
+// The integer product with AVX-512 VNNI. vpdpbusd multiplies unsigned by signed bytes and adds groups of four
+// to int32: the stored values 0 .. 2 are the unsigned side, so no compensation beyond the sum of x is needed.
 //
 // Large M is bound by vpdpbusd (64 products each), M = 1 by reading the weights. A tile of kRows x kTokens
-// accumulators stays in registers; every loaded vector of x serves kRows rows and every unpacked vector of weights
-// kTokens tokens.
+// accumulators stays in registers; every loaded vector of x serves kRows rows and every unpacked vector of
+// weights kTokens tokens.
 #pragma once
 
 #include <immintrin.h>
@@ -14,8 +14,10 @@
 namespace bitnet_ext::cpu::avx512 {
 namespace {
 
+// Measured on Zen 4 with one thread: 225 GMAC/s for 4 x 4 accumulators, 3.5 vpdpbusd a nanosecond, which is
+// one a cycle and all the CPU has. 4 x 5 (216) and 6 x 4 (176) spill.
 constexpr int kTileRows = 4;
-constexpr int kTileTokens = 5;   // 4 x 5 accumulators, 4 packed and 4 unpacked vectors: 28 of 32 registers
+constexpr int kTileTokens = 4;
 constexpr int kTileRowsOne = 8;  // for a single token: 8 independent chains hide the latency of vpdpbusd
 
 // Sums of 4 vectors of 16 int32.
@@ -60,8 +62,13 @@ inline void add_block(const __m512i* packed, const int8_t* block, int64_t stride
 
 // One tile: kRows rows of packed by kTokens tokens.
 template <int kRows, int kTokens>
-inline void tile(const int8_t* planes, const int32_t* sums, const uint8_t* packed, int64_t row_bytes, int64_t stride,
-                 int32_t* acc, int64_t ld) {
+inline void tile(const int8_t* planes,
+                 const int32_t* sums,
+                 const uint8_t* packed,
+                 int64_t row_bytes,
+                 int64_t stride,
+                 int32_t* acc,
+                 int64_t ld) {
   __m512i sum[kRows][kTokens];
 #pragma GCC unroll 8
   for (int n = 0; n < kRows; ++n) {
@@ -87,7 +94,8 @@ inline void tile(const int8_t* planes, const int32_t* sums, const uint8_t* packe
 #pragma GCC unroll 8
       for (int n = 0; n < kRows; n += 4) {
         const __m128i total = reduce4(sum[n][m], sum[n + 1][m], sum[n + 2][m], sum[n + 3][m]);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(acc + m * ld + n), _mm_sub_epi32(total, _mm_set1_epi32(sums[m])));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(acc + m * ld + n),
+                         _mm_sub_epi32(total, _mm_set1_epi32(sums[m])));
       }
     } else {
       for (int n = 0; n < kRows; ++n) acc[m * ld + n] = _mm512_reduce_add_epi32(sum[n][m]) - sums[m];
@@ -96,29 +104,41 @@ inline void tile(const int8_t* planes, const int32_t* sums, const uint8_t* packe
 }
 
 template <int kRows, int kTokens>
-inline void all_rows(const int8_t* planes, const int32_t* sums, const uint8_t* packed, int64_t rows, int64_t row_bytes,
-                     int64_t stride, int32_t* acc, int64_t ld) {
+inline void all_rows(const int8_t* planes,
+                     const int32_t* sums,
+                     const uint8_t* packed,
+                     int64_t rows,
+                     int64_t row_bytes,
+                     int64_t stride,
+                     int32_t* acc,
+                     int64_t ld) {
   int64_t n = 0;
   for (; n + kRows <= rows; n += kRows) {
     tile<kRows, kTokens>(planes, sums, packed + n * row_bytes, row_bytes, stride, acc + n, ld);
   }
-  for (; n < rows; ++n) tile<1, kTokens>(planes, sums, packed + n * row_bytes, row_bytes, stride, acc + n, ld);
+  for (; n < rows; ++n)
+    tile<1, kTokens>(planes, sums, packed + n * row_bytes, row_bytes, stride, acc + n, ld);
 }
 
-void dot(const int8_t* planes, const int32_t* sums, int64_t tokens, const uint8_t* packed, int64_t rows, int64_t K,
-         int32_t* acc, int64_t ld) {
+void dot(const int8_t* planes,
+         const int32_t* sums,
+         int64_t tokens,
+         const uint8_t* packed,
+         int64_t rows,
+         int64_t K,
+         int32_t* acc,
+         int64_t ld) {
   const int64_t bytes = packed_bytes(K);
   const int64_t stride = (K + kDotBlock - 1) / kDotBlock * kDotBlock;
   int64_t m = 0;
   for (; m + kTileTokens <= tokens; m += kTileTokens) {
-    all_rows<kTileRows, kTileTokens>(planes + m * stride, sums + m, packed, rows, bytes, stride, acc + m * ld, ld);
+    all_rows<kTileRows, kTileTokens>(
+        planes + m * stride, sums + m, packed, rows, bytes, stride, acc + m * ld, ld);
   }
   planes += m * stride;
   sums += m;
   acc += m * ld;
   switch (tokens - m) {
-    case 4:
-      return all_rows<kTileRows, 4>(planes, sums, packed, rows, bytes, stride, acc, ld);
     case 3:
       return all_rows<kTileRows, 3>(planes, sums, packed, rows, bytes, stride, acc, ld);
     case 2:

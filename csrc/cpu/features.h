@@ -1,4 +1,5 @@
-// What this CPU can do, read once from cpuid. Compiled with baseline flags and used before any kernel is chosen.
+// What this CPU can do, read once from cpuid. Compiled with baseline flags and used before any kernel is
+// chosen.
 #pragma once
 
 namespace bitnet_ext::cpu {

@@ -1,9 +1,9 @@
 // The table of CPU kernels that every instruction set fills: kernels_scalar.cpp, kernels_avx2.cpp and
-// kernels_avx512.cpp. This header is read by those files, which are compiled with wide instructions, so it holds
-// plain data only: an inline function here could reach old CPUs in its wide form.
+// kernels_avx512.cpp. This header is read by those files, which are compiled with wide instructions, so it
+// holds plain data only: an inline function here could reach old CPUs in its wide form.
 //
-// Kernels take raw pointers, run on the calling thread and check nothing; the operator files do the rest. Rows
-// are contiguous. Every instruction set gives the same bits.
+// Kernels take raw pointers, run on the calling thread and check nothing; the operator files do the rest.
+// Rows are contiguous. Every instruction set gives the same bits.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +41,7 @@ struct AdamStep {
 
 // Outputs of softmax_stats for a run of rows.
 struct SoftmaxStats {
-  float* lse;
+  double* lse;
   float* target_logit;
   float* mean_logit;
   float* expected_logit;
@@ -63,32 +63,65 @@ struct Kernels {
 
   // --- activations; false when a row holds NaN or Inf ---
   bool (*quantize_act)(const void* x, Dtype dtype, int64_t rows, int64_t K, int8_t* x_i8, float* act_scale);
-  bool (*rms_norm_quantize)(const void* x, Dtype dtype, const float* gain, double eps, int64_t rows, int64_t K,
-                            int8_t* x_i8, float* act_scale, float* rstd);
-  void (*dequantize_act)(const int8_t* x_i8, const float* act_scale, int64_t rows, int64_t K, Dtype dtype, void* y);
+  bool (*rms_norm_quantize)(const void* x,
+                            Dtype dtype,
+                            const float* gain,
+                            double eps,
+                            int64_t rows,
+                            int64_t K,
+                            int8_t* x_i8,
+                            float* act_scale,
+                            float* rstd);
+  void (*dequantize_act)(
+      const int8_t* x_i8, const float* act_scale, int64_t rows, int64_t K, Dtype dtype, void* y);
 
   // --- weights; half_scale = 0.5 * weight_scale ---
   void (*abs_sums)(const void* w, Dtype dtype, int64_t count, double* block_sums);
   void (*ternary_codes)(const void* w, Dtype dtype, int64_t count, float half_scale, int8_t* codes);
-  void (*ternary_pack)(const void* w, Dtype dtype, int64_t rows, int64_t K, float half_scale, uint8_t* packed);
+  void (*ternary_pack)(
+      const void* w, Dtype dtype, int64_t rows, int64_t K, float half_scale, uint8_t* packed);
   // The three below return false when a code is invalid.
   bool (*pack)(const int8_t* codes, int64_t rows, int64_t K, uint8_t* packed);
   bool (*unpack)(const uint8_t* packed, int64_t rows, int64_t K, int8_t* codes);
-  bool (*dequantize_ternary)(const uint8_t* packed, const float* scale, int64_t scale_stride, int64_t rows, int64_t K,
-                             Dtype dtype, void* w);
+  bool (*dequantize_ternary)(const uint8_t* packed,
+                             const float* scale,
+                             int64_t scale_stride,
+                             int64_t rows,
+                             int64_t K,
+                             Dtype dtype,
+                             void* w);
 
   // --- the integer product; layout of planes in generic/product.inl ---
   void (*make_planes)(const int8_t* x_i8, int64_t rows, int64_t K, int8_t* planes, int32_t* sums);
   // acc[m * ld + n] = sum_k x_i8[m, k] * code[n, k] for `tokens` rows of planes and `rows` rows of packed.
-  void (*dot)(const int8_t* planes, const int32_t* sums, int64_t tokens, const uint8_t* packed, int64_t rows, int64_t K,
-              int32_t* acc, int64_t ld);
+  void (*dot)(const int8_t* planes,
+              const int32_t* sums,
+              int64_t tokens,
+              const uint8_t* packed,
+              int64_t rows,
+              int64_t K,
+              int32_t* acc,
+              int64_t ld);
   // y[n] = (acc[n] * act_scale) * weight_scale[n] + bias[n]; bias may be null.
-  void (*scale_row)(const int32_t* acc, float act_scale, const float* weight_scale, const float* bias, int64_t count,
-                    Dtype dtype, void* y);
+  void (*scale_row)(const int32_t* acc,
+                    float act_scale,
+                    const float* weight_scale,
+                    const float* bias,
+                    int64_t count,
+                    Dtype dtype,
+                    void* y);
 
   // --- RMSNorm backward; grad_gain [K] fp32 is added to, null without a gain ---
-  void (*rms_norm_backward)(const void* grad_y, Dtype grad_dtype, const void* x, Dtype dtype, const float* gain,
-                            const float* rstd, int64_t rows, int64_t K, void* grad_x, float* grad_gain);
+  void (*rms_norm_backward)(const void* grad_y,
+                            Dtype grad_dtype,
+                            const void* x,
+                            Dtype dtype,
+                            const float* gain,
+                            const float* rstd,
+                            int64_t rows,
+                            int64_t K,
+                            void* grad_x,
+                            float* grad_gain);
   void (*add_to)(float* sum, const float* terms, int64_t count);
 
   // --- optimiser ---
@@ -96,7 +129,11 @@ struct Kernels {
   void (*adam)(float* p, const float* grad, float* m, float* v, int64_t count, const AdamStep& step);
 
   // --- loss ---
-  void (*softmax_stats)(const void* logits, Dtype dtype, const int64_t* target, int64_t rows, int64_t V,
+  void (*softmax_stats)(const void* logits,
+                        Dtype dtype,
+                        const int64_t* target,
+                        int64_t rows,
+                        int64_t V,
                         const SoftmaxStats& out);
   void (*softmax_grad)(void* logits, Dtype dtype, int64_t rows, int64_t V, const SoftmaxGrad& in);
 };

@@ -1,5 +1,5 @@
-// Kernels for AVX2 with FMA and F16C (Haswell, Zen and later). Compiled with those flags, run only where cpuid
-// shows them.
+// Kernels for AVX2 with FMA and F16C (Haswell, Zen and later). Compiled with those flags, run only where
+// cpuid shows them.
 #include "cpu/dot_avx2.h"
 #include "cpu/vec_avx2.h"
 
@@ -9,6 +9,8 @@
 
 namespace bitnet_ext::cpu {
 
-const Kernels& avx2_kernels() { return avx2::kTable; }
+const Kernels& avx2_kernels() {
+  return avx2::kTable;
+}
 
 }  // namespace bitnet_ext::cpu

@@ -1,5 +1,5 @@
-// Kernels for AVX-512 F, BW, VL, DQ and VNNI (Ice Lake, Zen 4 and later). Compiled with those flags, run only where
-// cpuid shows them.
+// Kernels for AVX-512 F, BW, VL, DQ and VNNI (Ice Lake, Zen 4 and later). Compiled with those flags, run only
+// where cpuid shows them.
 #include "cpu/dot_avx512.h"
 #include "cpu/vec_avx512.h"
 
@@ -9,6 +9,8 @@
 
 namespace bitnet_ext::cpu {
 
-const Kernels& avx512_kernels() { return avx512::kTable; }
+const Kernels& avx512_kernels() {
+  return avx512::kTable;
+}
 
 }  // namespace bitnet_ext::cpu

@@ -1,4 +1,5 @@
-// The portable kernels, compiled with the baseline flags of the build. Every other file must match their bits.
+// The portable kernels, compiled with the baseline flags of the build. Every other file must match their
+// bits.
 #include "cpu/dot_scalar.h"
 #include "cpu/vec_scalar.h"
 
@@ -8,6 +9,8 @@
 
 namespace bitnet_ext::cpu {
 
-const Kernels& scalar_kernels() { return scalar::kTable; }
+const Kernels& scalar_kernels() {
+  return scalar::kTable;
+}
 
 }  // namespace bitnet_ext::cpu

@@ -1,5 +1,5 @@
-// What the operator files share: tensors in and out, and the operators that bit_linear is made of. `op` is the name
-// that errors are reported under.
+// What the operator files share: tensors in and out, and the operators that bit_linear is made of. `op` is
+// the name that errors are reported under.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -28,8 +28,8 @@ inline Dtype dtype_of(ScalarType dtype) {
   }
 }
 
-// An uninitialised contiguous CPU tensor. The shim is called directly: torch::stable::empty goes through the boxed
-// dispatcher, which costs more than the kernels of a single token.
+// An uninitialised contiguous CPU tensor. The shim is called directly: torch::stable::empty goes through the
+// boxed dispatcher, which costs more than the kernels of a single token.
 Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
 
 inline std::vector<int64_t> with_last(std::vector<int64_t> leading, int64_t size) {
@@ -57,7 +57,10 @@ inline void check_input(const char* op, const char* arg, const Tensor& t, Scalar
 }
 
 // The data of an optional fp32 vector of `size` elements, or null.
-inline const float* optional_vector(const char* op, const char* arg, const std::optional<Tensor>& t, int64_t size) {
+inline const float* optional_vector(const char* op,
+                                    const char* arg,
+                                    const std::optional<Tensor>& t,
+                                    int64_t size) {
   if (!t) return nullptr;
   check_input(op, arg, *t, ScalarType::Float);
   check_vector(op, arg, *t, size);
@@ -67,11 +70,8 @@ inline const float* optional_vector(const char* op, const char* arg, const std::
 // (x_i8, act_scale)
 std::tuple<Tensor, Tensor> quantize_act(const char* op, const Tensor& x);
 // (x_i8, act_scale, rstd)
-std::tuple<Tensor, Tensor, Tensor> normalize_and_quantize(const char* op,
-                                                          const Tensor& x,
-                                                          const char* gain_arg,
-                                                          const std::optional<Tensor>& gain,
-                                                          double eps);
+std::tuple<Tensor, Tensor, Tensor> normalize_and_quantize(
+    const char* op, const Tensor& x, const char* gain_arg, const std::optional<Tensor>& gain, double eps);
 // (packed, weight_scale)
 std::tuple<Tensor, Tensor> quantize_and_pack(const char* op, const Tensor& weight);
 Tensor scaled_product(const char* op,

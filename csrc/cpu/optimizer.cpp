@@ -1,5 +1,6 @@
-// Adam over a list of tensors and the sum of squares for gradient clipping. Tensors are cut into fixed chunks, and
-// the chunks of all of them are shared out together, so that many small tensors cost no more than one large one.
+// Adam over a list of tensors and the sum of squares for gradient clipping. Tensors are cut into fixed
+// chunks, and the chunks of all of them are shared out together, so that many small tensors cost no more than
+// one large one.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -23,12 +24,15 @@ std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t total = tensors[i].numel();
-    for (int64_t start = 0; start < total; start += kChunk) chunks.push_back({i, start, std::min(kChunk, total - start)});
+    for (int64_t start = 0; start < total; start += kChunk)
+      chunks.push_back({i, start, std::min(kChunk, total - start)});
   }
   return chunks;
 }
 
-std::string item(const char* arg, size_t i) { return std::string(arg) + "[" + std::to_string(i) + "]"; }
+std::string item(const char* arg, size_t i) {
+  return std::string(arg) + "[" + std::to_string(i) + "]";
+}
 
 Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
   const char* op = "sum_of_squares";
@@ -36,15 +40,18 @@ Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
   const Kernels& table = kernels();
   const std::vector<Chunk> chunks = chunks_of(tensors);
   std::vector<double> sums(chunks.size());
-  parallel_for(0, static_cast<int64_t>(chunks.size()), grain_for(kChunk * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Chunk& chunk = chunks[static_cast<size_t>(c)];
-      const Tensor& t = tensors[chunk.tensor];
-      const auto* data = static_cast<const char*>(t.const_data_ptr());
-      sums[static_cast<size_t>(c)] = table.sum_of_squares(
-          data + chunk.start * static_cast<int64_t>(t.element_size()), dtype_of(t.scalar_type()), chunk.count);
-    }
-  });
+  parallel_for(
+      0, static_cast<int64_t>(chunks.size()), grain_for(kChunk * 4), [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          const Chunk& chunk = chunks[static_cast<size_t>(c)];
+          const Tensor& t = tensors[chunk.tensor];
+          const auto* data = static_cast<const char*>(t.const_data_ptr());
+          sums[static_cast<size_t>(c)] =
+              table.sum_of_squares(data + chunk.start * static_cast<int64_t>(t.element_size()),
+                                   dtype_of(t.scalar_type()),
+                                   chunk.count);
+        }
+      });
   Tensor result = new_tensor({}, ScalarType::Double);
   double total = 0.0;
   for (const double sum : sums) total += sum;
@@ -53,7 +60,9 @@ Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
 }
 
 // The data pointers of a list that has to match params.
-std::vector<float*> matching_data(const char* op, const char* arg, const std::vector<Tensor>& list,
+std::vector<float*> matching_data(const char* op,
+                                  const char* arg,
+                                  const std::vector<Tensor>& list,
                                   const std::vector<Tensor>& params) {
   if (list.size() != params.size()) {
     fail(op, arg, " must hold as many tensors as params, ", params.size(), "; got ", list.size());
@@ -68,9 +77,17 @@ std::vector<float*> matching_data(const char* op, const char* arg, const std::ve
   return data;
 }
 
-void adam_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avg,
-                const std::vector<Tensor>& exp_avg_sq, const Tensor& hyper, const Tensor& grad_scale, double beta1,
-                double beta2, double eps, bool decoupled, bool decay) {
+void adam_step_(const std::vector<Tensor>& params,
+                const std::vector<Tensor>& grads,
+                const std::vector<Tensor>& exp_avg,
+                const std::vector<Tensor>& exp_avg_sq,
+                const Tensor& hyper,
+                const Tensor& grad_scale,
+                double beta1,
+                double beta2,
+                double eps,
+                bool decoupled,
+                bool decay) {
   const char* op = "adam_step_";
   const std::vector<float*> p = matching_data(op, "params", params, params);
   const std::vector<float*> g = matching_data(op, "grads", grads, params);
@@ -83,7 +100,11 @@ void adam_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& gr
   const auto* h = static_cast<const float*>(hyper.const_data_ptr());
   const float lr = h[0], weight_decay = h[1], bias1 = h[2], bias2 = h[3];
   if (!(bias1 > 0.0f && bias2 > 0.0f)) {
-    fail(op, "hyper must hold (lr, weight_decay, 1 - beta1^t, 1 - beta2^t) with the last two > 0; got ", bias1, " and ", bias2);
+    fail(op,
+         "hyper must hold (lr, weight_decay, 1 - beta1^t, 1 - beta2^t) with the last two > 0; got ",
+         bias1,
+         " and ",
+         bias2);
   }
 
   AdamStep step = {};
@@ -102,12 +123,13 @@ void adam_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& gr
 
   const Kernels& table = kernels();
   const std::vector<Chunk> chunks = chunks_of(params);
-  parallel_for(0, static_cast<int64_t>(chunks.size()), grain_for(kChunk * 28), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const auto [i, start, count] = chunks[static_cast<size_t>(c)];
-      table.adam(p[i] + start, g[i] + start, m[i] + start, v[i] + start, count, step);
-    }
-  });
+  parallel_for(
+      0, static_cast<int64_t>(chunks.size()), grain_for(kChunk * 28), [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          const auto [i, start, count] = chunks[static_cast<size_t>(c)];
+          table.adam(p[i] + start, g[i] + start, m[i] + start, v[i] + start, count, step);
+        }
+      });
 }
 
 }  // namespace

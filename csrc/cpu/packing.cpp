@@ -54,7 +54,8 @@ Tensor dequantize_ternary(const Tensor& packed, const Tensor& weight_scale, int6
   const Kernels& table = kernels();
   const int64_t N = packed.size(0);
   const int64_t scales = weight_scale.numel();
-  if (scales != 1 && scales != N) fail(op, "weight_scale must have 1 or N = ", N, " element(s); got ", scales);
+  if (scales != 1 && scales != N)
+    fail(op, "weight_scale must have 1 or N = ", N, " element(s); got ", scales);
   const int64_t scale_stride = scales == 1 ? 0 : 1;
   Tensor weight = new_tensor({N, K}, dtype);
   const int64_t row_bytes = K * static_cast<int64_t>(weight.element_size());
@@ -63,8 +64,13 @@ Tensor dequantize_ternary(const Tensor& packed, const Tensor& weight_scale, int6
   auto* out = static_cast<char*>(weight.mutable_data_ptr());
   std::atomic<bool> valid{true};
   parallel_for(0, N, grain_for(row_bytes), [&](int64_t begin, int64_t end) {
-    if (!table.dequantize_ternary(in + begin * packed_bytes(K), scale + begin * scale_stride, scale_stride, end - begin,
-                                  K, dtype_of(dtype), out + begin * row_bytes)) {
+    if (!table.dequantize_ternary(in + begin * packed_bytes(K),
+                                  scale + begin * scale_stride,
+                                  scale_stride,
+                                  end - begin,
+                                  K,
+                                  dtype_of(dtype),
+                                  out + begin * row_bytes)) {
       valid = false;
     }
   });

@@ -1,5 +1,5 @@
-// Operators that quantise activations and weights and that undo it; RMSNorm goes with them because its output is
-// quantised before it reaches memory.
+// Operators that quantise activations and weights and that undo it; RMSNorm goes with them because its output
+// is quantised before it reaches memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -47,8 +47,13 @@ Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   }
   AtenTensorHandle handle = nullptr;
   // Not STABLE_TORCH_ERROR_CODE_CHECK: the headers of torch 2.11 do not have it.
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                  sizes.data(),
+                                                  strides.data(),
+                                                  code,
+                                                  aoti_torch_device_type_cpu(),
+                                                  0,
+                                                  &handle));
   return Tensor(handle);
 }
 
@@ -65,14 +70,15 @@ std::tuple<Tensor, Tensor> quantize_act(const char* op, const Tensor& x) {
   const int64_t row_bytes = K * static_cast<int64_t>(x.element_size());
   std::atomic<bool> finite{true};
   parallel_for(0, M, grain_for(row_bytes), [&, K = K](int64_t begin, int64_t end) {
-    if (!table.quantize_act(in + begin * row_bytes, dtype, end - begin, K, out + begin * K, scale + begin)) finite = false;
+    if (!table.quantize_act(in + begin * row_bytes, dtype, end - begin, K, out + begin * K, scale + begin))
+      finite = false;
   });
   if (!finite) fail(op, "x holds NaN or Inf; accepted are finite values");
   return {x_i8, act_scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor> normalize_and_quantize(const char* op, const Tensor& x, const char* gain_arg,
-                                                          const std::optional<Tensor>& gain, double eps) {
+std::tuple<Tensor, Tensor, Tensor> normalize_and_quantize(
+    const char* op, const Tensor& x, const char* gain_arg, const std::optional<Tensor>& gain, double eps) {
   check_input(op, "x", x);
   const auto [M, K, leading] = check_rows(op, "x", x);
   const float* gains = optional_vector(op, gain_arg, gain, K);
@@ -88,24 +94,39 @@ std::tuple<Tensor, Tensor, Tensor> normalize_and_quantize(const char* op, const 
   const int64_t row_bytes = K * static_cast<int64_t>(x.element_size());
   std::atomic<bool> finite{true};
   parallel_for(0, M, grain_for(row_bytes), [&, K = K](int64_t begin, int64_t end) {
-    if (!table.rms_norm_quantize(in + begin * row_bytes, dtype, gains, eps, end - begin, K, out + begin * K,
-                                 scale + begin, rstds + begin)) {
+    if (!table.rms_norm_quantize(in + begin * row_bytes,
+                                 dtype,
+                                 gains,
+                                 eps,
+                                 end - begin,
+                                 K,
+                                 out + begin * K,
+                                 scale + begin,
+                                 rstds + begin)) {
       finite = false;
     }
   });
   if (!finite) {
-    const bool gain_finite = !gains || std::all_of(gains, gains + K, [](float g) { return std::isfinite(g); });
+    const bool gain_finite =
+        !gains || std::all_of(gains, gains + K, [](float g) { return std::isfinite(g); });
     if (!gain_finite) fail(op, gain_arg, " holds NaN or Inf; accepted are finite values");
-    fail(op, "x holds NaN or Inf", gains ? " (by itself or multiplied by the gain)" : "", "; accepted are finite values");
+    fail(op,
+         "x holds NaN or Inf",
+         gains ? " (by itself or multiplied by the gain)" : "",
+         "; accepted are finite values");
   }
   return {x_i8, act_scale, rstd};
 }
 
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_act_int8(const Tensor& x) { return quantize_act("quantize_act_int8", x); }
+std::tuple<Tensor, Tensor> quantize_act_int8(const Tensor& x) {
+  return quantize_act("quantize_act_int8", x);
+}
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const std::optional<Tensor>& gain, double eps) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x,
+                                                     const std::optional<Tensor>& gain,
+                                                     double eps) {
   return normalize_and_quantize("rms_norm_quantize", x, "gain", gain, eps);
 }
 
@@ -123,12 +144,14 @@ Tensor dequantize_act(const Tensor& x_i8, const Tensor& act_scale, ScalarType dt
   auto* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t row_bytes = K * static_cast<int64_t>(y.element_size());
   parallel_for(0, M, grain_for(row_bytes), [&, K = K](int64_t begin, int64_t end) {
-    table.dequantize_act(in + begin * K, scale + begin, end - begin, K, dtype_of(dtype), out + begin * row_bytes);
+    table.dequantize_act(
+        in + begin * K, scale + begin, end - begin, K, dtype_of(dtype), out + begin * row_bytes);
   });
   return y;
 }
 
-// absmean = max(mean |w|, 1e-5). Sums of kSumBlock elements are added in order, whatever the number of threads.
+// absmean = max(mean |w|, 1e-5). Sums of kSumBlock elements are added in order, whatever the number of
+// threads.
 float absmean(const char* op, const Tensor& weight) {
   const Kernels& table = kernels();
   const int64_t count = weight.numel();
@@ -138,7 +161,9 @@ float absmean(const char* op, const Tensor& weight) {
   const Dtype dtype = dtype_of(weight.scalar_type());
   std::vector<double> sums(static_cast<size_t>(blocks));
   parallel_for(0, blocks, grain_for(block_bytes), [&](int64_t begin, int64_t end) {
-    table.abs_sums(w + begin * block_bytes, dtype, std::min(end * kSumBlock, count) - begin * kSumBlock,
+    table.abs_sums(w + begin * block_bytes,
+                   dtype,
+                   std::min(end * kSumBlock, count) - begin * kSumBlock,
                    sums.data() + begin);
   });
   double total = 0.0;
@@ -189,7 +214,8 @@ std::tuple<Tensor, Tensor> quantize_and_pack(const char* op, const Tensor& weigh
   Tensor packed = new_tensor({N, packed_bytes(K)}, ScalarType::Byte);
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   parallel_for(0, N, grain_for(row_bytes), [&](int64_t begin, int64_t end) {
-    table.ternary_pack(w + begin * row_bytes, dtype, end - begin, K, 0.5f * scale, out + begin * packed_bytes(K));
+    table.ternary_pack(
+        w + begin * row_bytes, dtype, end - begin, K, 0.5f * scale, out + begin * packed_bytes(K));
   });
   return {packed, scalar_tensor(scale)};
 }

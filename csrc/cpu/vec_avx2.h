@@ -21,8 +21,12 @@ struct Mask {
   __m256 a, b;
 };
 
-inline VecF splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline VecI splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline VecF splat(float x) {
+  return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
+inline VecI splat_int(int32_t x) {
+  return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)};
+}
 inline VecI lane_index() {
   return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)};
 }
@@ -31,13 +35,27 @@ inline VecD zero_double() {
   return {z, z, z, z};
 }
 
-inline VecF operator+(VecF x, VecF y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
-inline VecF operator-(VecF x, VecF y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
-inline VecF operator*(VecF x, VecF y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-inline VecF operator/(VecF x, VecF y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-inline VecF sqrt(VecF x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
-inline VecF max(VecF x, VecF y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
-inline VecF min(VecF x, VecF y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline VecF operator+(VecF x, VecF y) {
+  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+inline VecF operator-(VecF x, VecF y) {
+  return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)};
+}
+inline VecF operator*(VecF x, VecF y) {
+  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+inline VecF operator/(VecF x, VecF y) {
+  return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+}
+inline VecF sqrt(VecF x) {
+  return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)};
+}
+inline VecF max(VecF x, VecF y) {
+  return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
+}
+inline VecF min(VecF x, VecF y) {
+  return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)};
+}
 inline Mask greater(VecF x, VecF y) {
   return {_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)};
 }
@@ -49,23 +67,49 @@ inline VecI select(Mask m, VecI x, VecI y) {
           _mm256_blendv_epi8(y.b, x.b, _mm256_castps_si256(m.b))};
 }
 
-inline VecI operator+(VecI x, VecI y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-inline VecI operator-(VecI x, VecI y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
-inline VecI operator&(VecI x, VecI y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
-inline VecI max(VecI x, VecI y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
-inline VecI min(VecI x, VecI y) { return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)}; }
-inline VecI shift_left_23(VecI x) { return {_mm256_slli_epi32(x.a, 23), _mm256_slli_epi32(x.b, 23)}; }
+inline VecI operator+(VecI x, VecI y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
+inline VecI operator-(VecI x, VecI y) {
+  return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
+}
+inline VecI operator&(VecI x, VecI y) {
+  return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
+inline VecI max(VecI x, VecI y) {
+  return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)};
+}
+inline VecI min(VecI x, VecI y) {
+  return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)};
+}
+inline VecI shift_left_23(VecI x) {
+  return {_mm256_slli_epi32(x.a, 23), _mm256_slli_epi32(x.b, 23)};
+}
 
-inline VecI bits(VecF x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
-inline VecF from_bits(VecI x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
-inline VecI to_int(VecF x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
-inline VecF to_float(VecI x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline VecI bits(VecF x) {
+  return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)};
+}
+inline VecF from_bits(VecI x) {
+  return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)};
+}
+inline VecI to_int(VecF x) {
+  return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)};
+}
+inline VecF to_float(VecI x) {
+  return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
+}
 
-inline __m256d low_double(__m256 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
-inline __m256d high_double(__m256 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+inline __m256d low_double(__m256 x) {
+  return _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+}
+inline __m256d high_double(__m256 x) {
+  return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+}
 inline VecD add(VecD x, VecF y) {
-  return {_mm256_add_pd(x.a, low_double(y.a)), _mm256_add_pd(x.b, high_double(y.a)),
-          _mm256_add_pd(x.c, low_double(y.b)), _mm256_add_pd(x.d, high_double(y.b))};
+  return {_mm256_add_pd(x.a, low_double(y.a)),
+          _mm256_add_pd(x.b, high_double(y.a)),
+          _mm256_add_pd(x.c, low_double(y.b)),
+          _mm256_add_pd(x.d, high_double(y.b))};
 }
 // Fused, which is the same here: the product of two fp32 is exact in fp64.
 inline VecD add_product(VecD x, VecF y, VecF z) {
@@ -75,12 +119,16 @@ inline VecD add_product(VecD x, VecF y, VecF z) {
           _mm256_fmadd_pd(high_double(y.b), high_double(z.b), x.d)};
 }
 
-inline VecF load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline VecF load(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
 inline __m256 widen_bf16(const Bf16* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
 }
-inline VecF load(const Bf16* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+inline VecF load(const Bf16* p) {
+  return {widen_bf16(p), widen_bf16(p + 8)};
+}
 inline VecF load(const Half* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};

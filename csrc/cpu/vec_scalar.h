@@ -1,6 +1,6 @@
-// The 16-lane vectors of generic/*.inl in plain C++: VecF (fp32), VecI (int32), VecD (fp64) and Mask. The files
-// vec_avx2.h and vec_avx512.h offer the same names with intrinsics. Every operation here is one IEEE operation a
-// lane, which is what makes the instruction sets agree bit for bit.
+// The 16-lane vectors of generic/*.inl in plain C++: VecF (fp32), VecI (int32), VecD (fp64) and Mask. The
+// files vec_avx2.h and vec_avx512.h offer the same names with intrinsics. Every operation here is one IEEE
+// operation a lane, which is what makes the instruction sets agree bit for bit.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -34,53 +34,109 @@ inline float bits_float(uint32_t bits) {
   return x;
 }
 
-#define BITNET_EXT_EACH_LANE(Type, expression)            \
-  Type r;                                                 \
-  for (int i = 0; i < 16; ++i) r.lane[i] = (expression);  \
+#define BITNET_EXT_EACH_LANE(Type, expression)           \
+  Type r;                                                \
+  for (int i = 0; i < 16; ++i) r.lane[i] = (expression); \
   return r
 
-inline VecF splat(float x) { BITNET_EXT_EACH_LANE(VecF, x); }
-inline VecI splat_int(int32_t x) { BITNET_EXT_EACH_LANE(VecI, x); }
-inline VecI lane_index() { BITNET_EXT_EACH_LANE(VecI, i); }
-inline VecD zero_double() { BITNET_EXT_EACH_LANE(VecD, 0.0); }
+inline VecF splat(float x) {
+  BITNET_EXT_EACH_LANE(VecF, x);
+}
+inline VecI splat_int(int32_t x) {
+  BITNET_EXT_EACH_LANE(VecI, x);
+}
+inline VecI lane_index() {
+  BITNET_EXT_EACH_LANE(VecI, i);
+}
+inline VecD zero_double() {
+  BITNET_EXT_EACH_LANE(VecD, 0.0);
+}
 
-inline VecF operator+(VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, a.lane[i] + b.lane[i]); }
-inline VecF operator-(VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, a.lane[i] - b.lane[i]); }
-inline VecF operator*(VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, a.lane[i] * b.lane[i]); }
-inline VecF operator/(VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, a.lane[i] / b.lane[i]); }
-inline VecF sqrt(VecF a) { BITNET_EXT_EACH_LANE(VecF, __builtin_sqrtf(a.lane[i])); }
+inline VecF operator+(VecF a, VecF b) {
+  BITNET_EXT_EACH_LANE(VecF, a.lane[i] + b.lane[i]);
+}
+inline VecF operator-(VecF a, VecF b) {
+  BITNET_EXT_EACH_LANE(VecF, a.lane[i] - b.lane[i]);
+}
+inline VecF operator*(VecF a, VecF b) {
+  BITNET_EXT_EACH_LANE(VecF, a.lane[i] * b.lane[i]);
+}
+inline VecF operator/(VecF a, VecF b) {
+  BITNET_EXT_EACH_LANE(VecF, a.lane[i] / b.lane[i]);
+}
+inline VecF sqrt(VecF a) {
+  BITNET_EXT_EACH_LANE(VecF, __builtin_sqrtf(a.lane[i]));
+}
 // Both return b when a lane holds NaN, as maxps and minps do.
-inline VecF max(VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
-inline VecF min(VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
-inline Mask greater(VecF a, VecF b) { BITNET_EXT_EACH_LANE(Mask, a.lane[i] > b.lane[i] ? -1 : 0); }
-inline VecF select(Mask m, VecF a, VecF b) { BITNET_EXT_EACH_LANE(VecF, m.lane[i] ? a.lane[i] : b.lane[i]); }
-inline VecI select(Mask m, VecI a, VecI b) { BITNET_EXT_EACH_LANE(VecI, m.lane[i] ? a.lane[i] : b.lane[i]); }
+inline VecF max(VecF a, VecF b) {
+  BITNET_EXT_EACH_LANE(VecF, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
+}
+inline VecF min(VecF a, VecF b) {
+  BITNET_EXT_EACH_LANE(VecF, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]);
+}
+inline Mask greater(VecF a, VecF b) {
+  BITNET_EXT_EACH_LANE(Mask, a.lane[i] > b.lane[i] ? -1 : 0);
+}
+inline VecF select(Mask m, VecF a, VecF b) {
+  BITNET_EXT_EACH_LANE(VecF, m.lane[i] ? a.lane[i] : b.lane[i]);
+}
+inline VecI select(Mask m, VecI a, VecI b) {
+  BITNET_EXT_EACH_LANE(VecI, m.lane[i] ? a.lane[i] : b.lane[i]);
+}
 
-inline int32_t wrap(uint32_t x) { return static_cast<int32_t>(x); }
-inline uint32_t wide(int32_t x) { return static_cast<uint32_t>(x); }
-inline VecI operator+(VecI a, VecI b) { BITNET_EXT_EACH_LANE(VecI, wrap(wide(a.lane[i]) + wide(b.lane[i]))); }
-inline VecI operator-(VecI a, VecI b) { BITNET_EXT_EACH_LANE(VecI, wrap(wide(a.lane[i]) - wide(b.lane[i]))); }
-inline VecI operator&(VecI a, VecI b) { BITNET_EXT_EACH_LANE(VecI, a.lane[i] & b.lane[i]); }
-inline VecI max(VecI a, VecI b) { BITNET_EXT_EACH_LANE(VecI, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
-inline VecI min(VecI a, VecI b) { BITNET_EXT_EACH_LANE(VecI, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
-inline VecI shift_left_23(VecI a) { BITNET_EXT_EACH_LANE(VecI, wrap(wide(a.lane[i]) << 23)); }
+inline int32_t wrap(uint32_t x) {
+  return static_cast<int32_t>(x);
+}
+inline uint32_t wide(int32_t x) {
+  return static_cast<uint32_t>(x);
+}
+inline VecI operator+(VecI a, VecI b) {
+  BITNET_EXT_EACH_LANE(VecI, wrap(wide(a.lane[i]) + wide(b.lane[i])));
+}
+inline VecI operator-(VecI a, VecI b) {
+  BITNET_EXT_EACH_LANE(VecI, wrap(wide(a.lane[i]) - wide(b.lane[i])));
+}
+inline VecI operator&(VecI a, VecI b) {
+  BITNET_EXT_EACH_LANE(VecI, a.lane[i] & b.lane[i]);
+}
+inline VecI max(VecI a, VecI b) {
+  BITNET_EXT_EACH_LANE(VecI, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
+}
+inline VecI min(VecI a, VecI b) {
+  BITNET_EXT_EACH_LANE(VecI, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]);
+}
+inline VecI shift_left_23(VecI a) {
+  BITNET_EXT_EACH_LANE(VecI, wrap(wide(a.lane[i]) << 23));
+}
 
-inline VecI bits(VecF a) { BITNET_EXT_EACH_LANE(VecI, wrap(float_bits(a.lane[i]))); }
-inline VecF from_bits(VecI a) { BITNET_EXT_EACH_LANE(VecF, bits_float(wide(a.lane[i]))); }
+inline VecI bits(VecF a) {
+  BITNET_EXT_EACH_LANE(VecI, wrap(float_bits(a.lane[i])));
+}
+inline VecF from_bits(VecI a) {
+  BITNET_EXT_EACH_LANE(VecF, bits_float(wide(a.lane[i])));
+}
 // Rounds half to even, for |a| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
 inline VecI to_int(VecF a) {
   BITNET_EXT_EACH_LANE(VecI, wrap(float_bits(a.lane[i] + 12582912.0f) - 0x4b400000u));
 }
-inline VecF to_float(VecI a) { BITNET_EXT_EACH_LANE(VecF, static_cast<float>(a.lane[i])); }
+inline VecF to_float(VecI a) {
+  BITNET_EXT_EACH_LANE(VecF, static_cast<float>(a.lane[i]));
+}
 
-inline VecD add(VecD a, VecF b) { BITNET_EXT_EACH_LANE(VecD, a.lane[i] + static_cast<double>(b.lane[i])); }
+inline VecD add(VecD a, VecF b) {
+  BITNET_EXT_EACH_LANE(VecD, a.lane[i] + static_cast<double>(b.lane[i]));
+}
 // The product of two fp32 is exact in fp64, so only the sum rounds.
 inline VecD add_product(VecD a, VecF b, VecF c) {
   BITNET_EXT_EACH_LANE(VecD, a.lane[i] + static_cast<double>(b.lane[i]) * static_cast<double>(c.lane[i]));
 }
 
-inline VecF load(const float* p) { BITNET_EXT_EACH_LANE(VecF, p[i]); }
-inline VecF load(const Bf16* p) { BITNET_EXT_EACH_LANE(VecF, bits_float(wide(p[i].bits) << 16)); }
+inline VecF load(const float* p) {
+  BITNET_EXT_EACH_LANE(VecF, p[i]);
+}
+inline VecF load(const Bf16* p) {
+  BITNET_EXT_EACH_LANE(VecF, bits_float(wide(p[i].bits) << 16));
+}
 
 inline float half_to_float(uint16_t half) {
   constexpr uint32_t kRebias = 112u << 23;  // the exponent biases, 127 - 15
@@ -122,9 +178,15 @@ inline uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-inline VecF load(const Half* p) { BITNET_EXT_EACH_LANE(VecF, half_to_float(p[i].bits)); }
-inline VecI load_i8(const int8_t* p) { BITNET_EXT_EACH_LANE(VecI, p[i]); }
-inline VecI load_i32(const int32_t* p) { BITNET_EXT_EACH_LANE(VecI, p[i]); }
+inline VecF load(const Half* p) {
+  BITNET_EXT_EACH_LANE(VecF, half_to_float(p[i].bits));
+}
+inline VecI load_i8(const int8_t* p) {
+  BITNET_EXT_EACH_LANE(VecI, p[i]);
+}
+inline VecI load_i32(const int32_t* p) {
+  BITNET_EXT_EACH_LANE(VecI, p[i]);
+}
 
 #undef BITNET_EXT_EACH_LANE
 

@@ -439,7 +439,7 @@ Rows check_logits(const LaunchContext& context, const Tensor& logits, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_stats(const Tensor& logits, const Tensor& target) {
   const LaunchContext context("softmax_stats", logits);
   const Rows rows = check_logits(context, logits, target);
-  Tensor lse = context.new_tensor({rows.M}, ScalarType::Float);
+  Tensor lse = context.new_tensor({rows.M}, ScalarType::Double);
   Tensor target_logit = context.new_tensor({rows.M}, ScalarType::Float);
   Tensor mean_logit = context.new_tensor({rows.M}, ScalarType::Float);
   Tensor expected_logit = context.new_tensor({rows.M}, ScalarType::Float);
@@ -450,7 +450,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_stats(const Tensor& l
   args.target = const_data<int64_t>(target);
   args.T = rows.M;
   args.V = rows.K;
-  args.lse = data<float>(lse);
+  args.lse = data<double>(lse);
   args.target_logit = data<float>(target_logit);
   args.mean_logit = data<float>(mean_logit);
   args.expected_logit = data<float>(expected_logit);

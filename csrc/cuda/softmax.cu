@@ -114,7 +114,7 @@ template <typename scalar_t, int kThreads>
 __global__ void __launch_bounds__(kThreads) softmax_stats_kernel(const scalar_t* __restrict__ logits,
                                                                  const int64_t* __restrict__ target,
                                                                  int64_t V,
-                                                                 float* __restrict__ lse,
+                                                                 double* __restrict__ lse,
                                                                  float* __restrict__ target_logit,
                                                                  float* __restrict__ mean_logit,
                                                                  float* __restrict__ expected_logit,
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) softmax_stats_kernel(const scalar_t*
   for (int offset = 16; offset > 0; offset >>= 1) all = combine(all, shuffle_xor(all, offset));
   if (threadIdx.x != 0) return;
 
-  lse[row] = static_cast<float>(static_cast<double>(all.max) + log(all.sum));
+  lse[row] = static_cast<double>(all.max) + log(all.sum);
   mean_logit[row] = static_cast<float>(all.total / static_cast<double>(V));
   expected_logit[row] = static_cast<float>(static_cast<double>(all.max) + all.shifted / all.sum);
   argmax[row] = all.argmax == INT64_MAX ? 0 : all.argmax;  // a row of -inf or NaN only

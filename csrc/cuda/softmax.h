@@ -14,7 +14,7 @@ struct SoftmaxStatsArgs {
   DType dtype;
   const int64_t* target;  // [T]
   int64_t T, V;
-  float* lse;           // [T] each
+  double* lse;          // [T] each
   float* target_logit;  // 0 where the target is negative, NaN where it is V or more
   float* mean_logit;
   float* expected_logit;

@@ -1,5 +1,5 @@
-// Adam and the sum of squares for its gradient clipping. Both are bound by memory: Adam moves 28 bytes an element
-// (reads p, grad, m, v and writes p, m, v) in one pass.
+// Adam and the sum of squares for its gradient clipping. Both are bound by memory: Adam moves 28 bytes an
+// element (reads p, grad, m, v and writes p, m, v) in one pass.
 
 template <typename T>
 double sum_of_squares(const T* x, int64_t count) {

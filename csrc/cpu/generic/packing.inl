@@ -69,7 +69,8 @@ bool unpack(const uint8_t* packed, int64_t rows, int64_t K, int8_t* codes) {
 
 // w = code * scale, scale of row n at scale[n * scale_stride].
 template <typename T>
-bool dequantize_ternary(const uint8_t* packed, const float* scale, int64_t scale_stride, int64_t rows, int64_t K, T* w) {
+bool dequantize_ternary(
+    const uint8_t* packed, const float* scale, int64_t scale_stride, int64_t rows, int64_t K, T* w) {
   constexpr int kChunk = 256;
   bool valid = true;
   const int64_t row_bytes = packed_bytes(K);
@@ -79,7 +80,8 @@ bool dequantize_ternary(const uint8_t* packed, const float* scale, int64_t scale
       int8_t codes[kChunk];
       const int64_t left = K - start < kChunk ? K - start : kChunk;
       // Whole bytes, so that the last vector of the row reads initialised memory.
-      valid &= unpack(packed + n * row_bytes + start / kCodesPerByte, 1, packed_bytes(left) * kCodesPerByte, codes);
+      valid &= unpack(
+          packed + n * row_bytes + start / kCodesPerByte, 1, packed_bytes(left) * kCodesPerByte, codes);
       for (int64_t k = 0; k < left; k += 16) {
         const VecF value = to_float(load_i8_some(codes + k, left - k)) * row_scale;
         store_some(w + n * K + start + k, value, left - k);

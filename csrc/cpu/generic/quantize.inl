@@ -1,5 +1,5 @@
-// Quantisation of activations and weights. All of it is bound by memory: a row is read from DRAM once and from
-// L1 or L2 in the later passes over it.
+// Quantisation of activations and weights. All of it is bound by memory: a row is read from DRAM once and
+// from L1 or L2 in the later passes over it.
 
 // --- activations: int8, one scale a row ---
 
@@ -8,7 +8,9 @@ template <typename T>
 struct PlainRow {
   const T* x;
   int64_t K;
-  VecF at(int64_t k) const { return load_some(x + k, K - k); }
+  VecF at(int64_t k) const {
+    return load_some(x + k, K - k);
+  }
 };
 
 template <typename T, bool kHasGain>
@@ -52,8 +54,14 @@ bool quantize_act(const T* x, int64_t rows, int64_t K, int8_t* x_i8, float* act_
 
 // rstd = 1 / sqrt(mean(x^2) + eps), then quantize_act of x * rstd * gain.
 template <bool kHasGain, typename T>
-bool rms_norm_quantize_rows(const T* x, const float* gain, double eps, int64_t rows, int64_t K, int8_t* x_i8,
-                       float* act_scale, float* rstd) {
+bool rms_norm_quantize_rows(const T* x,
+                            const float* gain,
+                            double eps,
+                            int64_t rows,
+                            int64_t K,
+                            int8_t* x_i8,
+                            float* act_scale,
+                            float* rstd) {
   bool finite = true;
   for (int64_t m = 0; m < rows; ++m) {
     const T* row = x + m * K;
@@ -70,8 +78,14 @@ bool rms_norm_quantize_rows(const T* x, const float* gain, double eps, int64_t r
 }
 
 template <typename T>
-bool rms_norm_quantize(const T* x, const float* gain, double eps, int64_t rows, int64_t K, int8_t* x_i8,
-                       float* act_scale, float* rstd) {
+bool rms_norm_quantize(const T* x,
+                       const float* gain,
+                       double eps,
+                       int64_t rows,
+                       int64_t K,
+                       int8_t* x_i8,
+                       float* act_scale,
+                       float* rstd) {
   return gain ? rms_norm_quantize_rows<true>(x, gain, eps, rows, K, x_i8, act_scale, rstd)
               : rms_norm_quantize_rows<false>(x, gain, eps, rows, K, x_i8, act_scale, rstd);
 }

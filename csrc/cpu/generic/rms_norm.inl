@@ -3,12 +3,20 @@
 // Bound by memory; the second pass over a row finds it in L1 or L2.
 
 template <bool kHasGain, typename G, typename T>
-void rms_norm_backward_rows(const G* grad_y, const T* x, const float* gain, const float* rstd, int64_t rows, int64_t K,
-                       T* grad_x, float* grad_gain) {
+void rms_norm_backward_rows(const G* grad_y,
+                            const T* x,
+                            const float* gain,
+                            const float* rstd,
+                            int64_t rows,
+                            int64_t K,
+                            T* grad_x,
+                            float* grad_gain) {
   for (int64_t m = 0; m < rows; ++m) {
     const VecF scale = splat(rstd[m]);
     const auto normalized = [&](int64_t k) { return load_some(x + m * K + k, K - k) * scale; };
-    const auto through_gain = [&](VecF dy, int64_t k) { return kHasGain ? dy * load_some(gain + k, K - k) : dy; };
+    const auto through_gain = [&](VecF dy, int64_t k) {
+      return kHasGain ? dy * load_some(gain + k, K - k) : dy;
+    };
     VecD sum = zero_double();
     for (int64_t k = 0; k < K; k += 16) {
       sum = add_product(sum, through_gain(load_some(grad_y + m * K + k, K - k), k), normalized(k));
@@ -24,8 +32,14 @@ void rms_norm_backward_rows(const G* grad_y, const T* x, const float* gain, cons
 }
 
 template <typename G, typename T>
-void rms_norm_backward(const G* grad_y, const T* x, const float* gain, const float* rstd, int64_t rows, int64_t K,
-                       T* grad_x, float* grad_gain) {
+void rms_norm_backward(const G* grad_y,
+                       const T* x,
+                       const float* gain,
+                       const float* rstd,
+                       int64_t rows,
+                       int64_t K,
+                       T* grad_x,
+                       float* grad_gain) {
   if (gain) {
     rms_norm_backward_rows<true>(grad_y, x, gain, rstd, rows, K, grad_x, grad_gain);
   } else {

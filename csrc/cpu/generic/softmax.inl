@@ -1,5 +1,5 @@
-// Row statistics of the logits and the gradient of the loss, both over [T, V]. The statistics take two passes over
-// a row (V = 50257: 200 kB of fp32, which stays in L2), the gradient one. About half of the time is exp.
+// Row statistics of the logits and the gradient of the loss, both over [T, V]. The statistics take two passes
+// over a row (V = 50257: 200 kB of fp32, which stays in L2), the gradient one. About half of the time is exp.
 
 // Partial sums of this many elements are kept in fp32 (32 additions a lane), then added in fp64.
 constexpr int64_t kSoftmaxBlock = 512;
@@ -40,7 +40,8 @@ void softmax_stats(const T* logits, const int64_t* target, int64_t rows, int64_t
       }
     }
 
-    // Pass 2: sum of exp(z - top) and of exp(z - top) * z. Where exp is 0 its product with z = -inf is left out.
+    // Pass 2: sum of exp(z - top) and of exp(z - top) * z. Where exp is 0 its product with z = -inf is left
+    // out.
     VecD exps = zero_double(), weighted = zero_double();
     for (int64_t start = 0; start < V; start += kSoftmaxBlock) {
       const int64_t end = start + kSoftmaxBlock < V ? start + kSoftmaxBlock : V;
@@ -56,7 +57,7 @@ void softmax_stats(const T* logits, const int64_t* target, int64_t rows, int64_t
       weighted = add(weighted, sum_z);
     }
     const double exp_sum = reduce_sum(exps);
-    out.lse[t] = static_cast<float>(static_cast<double>(top) + __builtin_log(exp_sum));
+    out.lse[t] = static_cast<double>(top) + __builtin_log(exp_sum);
     out.expected_logit[t] = static_cast<float>(reduce_sum(weighted) / exp_sum);
     out.mean_logit[t] = static_cast<float>(reduce_sum(total) / static_cast<double>(V));
     out.argmax[t] = top_at;

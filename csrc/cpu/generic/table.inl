@@ -1,21 +1,22 @@
-// The kernels of one instruction set, written once. The including file first gives BITNET_EXT_ISA (a namespace),
-// the vectors (vec_*.h) and the integer product (dot_*.h). No torch and no standard templates: a template that is
-// instantiated here with wide instructions could replace, at link time, the copy that old CPUs run.
+// The kernels of one instruction set, written once. The including file first gives BITNET_EXT_ISA (a
+// namespace), the vectors (vec_*.h) and the integer product (dot_*.h). No torch and no standard templates: a
+// template that is instantiated here with wide instructions could replace, at link time, the copy that old
+// CPUs run.
 #include "cpu/kernels.h"
 #include "packing.h"
 
 namespace bitnet_ext::cpu::BITNET_EXT_ISA {
 namespace {
 
+// clang-format off: in order of use
 #include "cpu/generic/vector_tools.inl"
-//
 #include "cpu/generic/packing.inl"
-#include "cpu/generic/product.inl"
 #include "cpu/generic/quantize.inl"
+#include "cpu/generic/product.inl"
 #include "cpu/generic/rms_norm.inl"
-//
 #include "cpu/generic/optimizer.inl"
 #include "cpu/generic/softmax.inl"
+// clang-format on
 
 // Calls f with a null pointer of the storage type, which tells a generic lambda the type.
 template <typename F>
@@ -46,8 +47,15 @@ constexpr Kernels kTable = {
     [](const void* x, Dtype dtype, int64_t rows, int64_t K, int8_t* x_i8, float* act_scale) {
       return with_type(dtype, [&](auto* t) { return quantize_act(as(x, t), rows, K, x_i8, act_scale); });
     },
-    [](const void* x, Dtype dtype, const float* gain, double eps, int64_t rows, int64_t K, int8_t* x_i8,
-       float* act_scale, float* rstd) {
+    [](const void* x,
+       Dtype dtype,
+       const float* gain,
+       double eps,
+       int64_t rows,
+       int64_t K,
+       int8_t* x_i8,
+       float* act_scale,
+       float* rstd) {
       return with_type(dtype, [&](auto* t) {
         return rms_norm_quantize(as(x, t), gain, eps, rows, K, x_i8, act_scale, rstd);
       });
@@ -67,21 +75,39 @@ constexpr Kernels kTable = {
     },
     pack,
     unpack,
-    [](const uint8_t* packed, const float* scale, int64_t scale_stride, int64_t rows, int64_t K, Dtype dtype, void* w) {
-      return with_type(dtype, [&](auto* t) {
-        return dequantize_ternary(packed, scale, scale_stride, rows, K, as(w, t));
-      });
+    [](const uint8_t* packed,
+       const float* scale,
+       int64_t scale_stride,
+       int64_t rows,
+       int64_t K,
+       Dtype dtype,
+       void* w) {
+      return with_type(
+          dtype, [&](auto* t) { return dequantize_ternary(packed, scale, scale_stride, rows, K, as(w, t)); });
     },
     // --- the integer product ---
     make_planes,
     dot,
-    [](const int32_t* acc, float act_scale, const float* weight_scale, const float* bias, int64_t count, Dtype dtype,
+    [](const int32_t* acc,
+       float act_scale,
+       const float* weight_scale,
+       const float* bias,
+       int64_t count,
+       Dtype dtype,
        void* y) {
       with_type(dtype, [&](auto* t) { scale_row(acc, act_scale, weight_scale, bias, count, as(y, t)); });
     },
     // --- RMSNorm backward ---
-    [](const void* grad_y, Dtype grad_dtype, const void* x, Dtype dtype, const float* gain, const float* rstd,
-       int64_t rows, int64_t K, void* grad_x, float* grad_gain) {
+    [](const void* grad_y,
+       Dtype grad_dtype,
+       const void* x,
+       Dtype dtype,
+       const float* gain,
+       const float* rstd,
+       int64_t rows,
+       int64_t K,
+       void* grad_x,
+       float* grad_gain) {
       with_type(grad_dtype, [&](auto* g) {
         with_type(dtype, [&](auto* t) {
           rms_norm_backward(as(grad_y, g), as(x, t), gain, rstd, rows, K, as(grad_x, t), grad_gain);
@@ -95,7 +121,12 @@ constexpr Kernels kTable = {
     },
     adam,
     // --- loss ---
-    [](const void* logits, Dtype dtype, const int64_t* target, int64_t rows, int64_t V, const SoftmaxStats& out) {
+    [](const void* logits,
+       Dtype dtype,
+       const int64_t* target,
+       int64_t rows,
+       int64_t V,
+       const SoftmaxStats& out) {
       with_type(dtype, [&](auto* t) { softmax_stats(as(logits, t), target, rows, V, out); });
     },
     [](void* logits, Dtype dtype, int64_t rows, int64_t V, const SoftmaxGrad& in) {

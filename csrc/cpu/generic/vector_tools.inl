@@ -38,9 +38,15 @@ inline void store_i8_some(int8_t* p, VecI x, int64_t left) {
 }
 
 // -inf of every storage type, to fill the tail of a maximum.
-inline float minus_infinity(const float*) { return -__builtin_inff(); }
-inline Bf16 minus_infinity(const Bf16*) { return {0xff80}; }
-inline Half minus_infinity(const Half*) { return {0xfc00}; }
+inline float minus_infinity(const float*) {
+  return -__builtin_inff();
+}
+inline Bf16 minus_infinity(const Bf16*) {
+  return {0xff80};
+}
+inline Half minus_infinity(const Half*) {
+  return {0xfc00};
+}
 
 // --- across lanes, by halving: 16 -> 8 -> 4 -> 2 -> 1 ---
 
@@ -61,8 +67,12 @@ inline int32_t reduce_max(VecI x) {
   return top;
 }
 
-inline VecI magnitude_bits(VecF x) { return bits(x) & splat_int(0x7fffffff); }
-inline VecF absolute(VecF x) { return from_bits(magnitude_bits(x)); }
+inline VecI magnitude_bits(VecF x) {
+  return bits(x) & splat_int(0x7fffffff);
+}
+inline VecF absolute(VecF x) {
+  return from_bits(magnitude_bits(x));
+}
 
 inline float float_of_bits(int32_t raw) {
   float x;
