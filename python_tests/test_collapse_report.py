@@ -228,6 +228,8 @@ def test_no_two_kinds_of_network_get_the_same_words(tmp_path: Path) -> None:
         ({}, "alive"),
         ({"heldout_cross_entropy": 7.25, "predictive_entropy": 7.0}, "learning"),
         ({"heldout_cross_entropy": 8.0, "predictive_entropy": 7.0}, "overconfident"),
+        ({"heldout_cross_entropy": 8.0, "predictive_entropy": 8.0}, "learning"),
+        ({"heldout_cross_entropy": 8.0, "predictive_entropy": 8.0, "lm_head_mean_abs": 0.002}, "failing"),
         ({"mutual_information": 0.1}, "unigram"),
         ({"mutual_information": 0.1, "heldout_cross_entropy": 7.76}, "early"),
         ({"mutual_information": 0.1, "heldout_cross_entropy": 7.76, "lm_head_mean_abs": 0.002}, "collapsed"),
@@ -367,7 +369,7 @@ def test_summary_names_how_arms_ended(tmp_path: Path) -> None:
     found = summary_findings(write_study(tmp_path, {arm: [rows_of(c)] for arm, c in arms.items()}))
     words = text(found)
     assert "Dead (uniform output): standard-lr. Collapsed: fp-twin. Alive: adamw." in words
-    assert "no collapse with adamw; a collapse all the same with fp-twin" in words
+    assert "no failure with adamw; failure all the same with fp-twin" in words
     assert "standard-lr ends with the highest count, 14 of 20" in words
     assert {"ranking-mixed", "ranking-against"} & kinds(found) and "one-seed" in kinds(found)
 

@@ -285,10 +285,10 @@ def _outcomes(study: Study, ln_v: float | None) -> list[Finding]:
         ends = {arm: classify(course(study, arm), ln_v) for arm in changed}
         kept = [arm for arm in changed if ends[arm] not in (*DEAD, *UNDECIDED, None)]
         fell = [arm for arm in changed if ends[arm] in DEAD]
-        parts = [f"no collapse with {', '.join(kept)}"] if kept else []
-        parts += [f"a collapse all the same with {', '.join(fell)}"] if fell else []
+        parts = [f"no failure with {', '.join(kept)}"] if kept else []
+        parts += [f"failure all the same with {', '.join(fell)}"] if fell else []
         if parts:
-            text = f"{base} collapsed. Of the arms that change it: {'; '.join(parts)}."
+            text = f"{base} failed. Of the arms that change it: {'; '.join(parts)}."
             found.append(Finding(f"outcomes-{base}", f"What matters for {base}", text))
     return found
 

@@ -32,6 +32,11 @@ STATUS = {
         "the output is the uniform distribution: every token is equally likely",
     ),
     "collapsed": ("collapsed", "it ignores its context and predicts worse than fixed word counts"),
+    "failing": (
+        "failing",
+        "its predictions still vary with the context, but they are worse than fixed word counts and have "
+        "stopped getting better",
+    ),
     "untrained": ("barely trained", "it has hardly moved from where it started"),
     "early": (
         "too early to tell",
@@ -46,7 +51,7 @@ STATUS = {
     "learning": ("learning", "it uses its context, but does not predict better than fixed word counts yet"),
     "alive": ("alive", "it uses its context and predicts better than fixed word counts"),
 }
-DEAD = frozenset({"uniform", "collapsed"})
+DEAD = frozenset({"uniform", "collapsed", "failing"})
 UNDECIDED = frozenset({"untrained", "early", "diverged"})
 
 RULES = (
@@ -74,6 +79,12 @@ RULES = (
         f"{SHRUNK_SHARE:.0%} of its initial size.",
     ),
     ("Too early to tell", "As collapsed, but none of its signs of failure holds."),
+    (
+        "Failing",
+        f"Mutual information is above {CONTEXT_NATS}, held-out cross-entropy is more than {COLLAPSE_NATS} nats "
+        "above the unigram's and not above the predictive entropy by as much as an over-confident output's, "
+        "and a sign of failure named under 'Collapsed' holds.",
+    ),
     ("Word counts only", f"Mutual information is at most {CONTEXT_NATS}."),
     (
         "Over-confident",
@@ -183,7 +194,9 @@ def classify(rows: Sequence[Row], ln_v: float | None) -> str | None:
     if mi <= CONTEXT_NATS:
         return "unigram" if not far else "collapsed" if _has_failed(rows, ln_v) else "early"
     entropy = get(last, "predictive_entropy")
-    return "overconfident" if entropy is not None and raw - entropy > CONFIDENCE_NATS else "learning"
+    if entropy is not None and raw - entropy > CONFIDENCE_NATS:
+        return "overconfident"
+    return "failing" if far and _has_failed(rows, ln_v) else "learning"
 
 
 def _has_failed(rows: Sequence[Row], ln_v: float | None) -> bool:

@@ -34,7 +34,7 @@ from bitnet_ext.collapse.results import (
 )
 from bitnet_ext.collapse.table import Table, comparison_table, unfinished_text
 
-_GOOD, _BAD = frozenset({"alive"}), frozenset({"uniform", "collapsed", "diverged"})
+_GOOD, _BAD = frozenset({"alive"}), frozenset({"uniform", "collapsed", "failing", "diverged"})
 
 _STYLE = """
 :root { --ink: #1b1f24; --soft: #57606a; --line: #d7dce1; --tint: #f5f7f9; --link: #0b5cad; }
