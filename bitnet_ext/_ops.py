@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ def _softmax_grad_(
     return None
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "quantize_act_int8": _quantize_act_int8,
     "rms_norm_quantize": _rms_norm_quantize,
     "quantize_weight_ternary": _quantize_weight_ternary,

@@ -135,6 +135,23 @@ def test_generate_keeps_the_mode_and_refuses_bad_input() -> None:
             generate(model, call.pop("prompt"), call.pop("max_new_tokens"), **call)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("quantization", ["b1.58", "none"])
+def test_a_model_cast_to_bfloat16_runs(device: str, quantization: str) -> None:
+    model = BitNetForCausalLM(dataclasses.replace(GROUPED, quantization=quantization), seed=0).to(device)
+    expected = model(ids(2, 9, device=device))
+    if quantization == "b1.58":
+        packed = pack_model(model).bfloat16()
+        layer, original = (m.layers[0].attention.o_proj for m in (packed, pack_model(model)))
+        assert torch.equal(layer.weight_scale, original.weight_scale)  # the ternary weights are not rounded
+        assert torch.equal(layer.norm_weight, original.norm_weight)
+        assert packed(ids(2, 9, device=device)).dtype == torch.bfloat16
+    cast = model.bfloat16()(ids(2, 9, device=device))
+    assert cast.dtype == torch.bfloat16
+    similarity = torch.nn.functional.cosine_similarity(cast.float().flatten(), expected.flatten(), dim=0)
+    assert similarity > (0.99 if quantization == "none" else 0.8)  # bf16 latents move some codes
+
+
 def test_convert_and_pack_a_foreign_model() -> None:
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)

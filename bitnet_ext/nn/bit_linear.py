@@ -74,13 +74,14 @@ class BitLinear(nn.Module):
         return self.quantization != "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        norm_eps = None if self.norm_weight is None else self.norm_eps
+        # Gain and bias enter in float32, also in a model cast to bfloat16.
+        gain = None if self.norm_weight is None else self.norm_weight.float()
         if self.is_quantized:
-            return ops.bit_linear(
-                x, self.weight, bias=self.bias, norm_weight=self.norm_weight, norm_eps=norm_eps
-            )
-        if self.norm_weight is not None:
-            x = nn.functional.rms_norm(x.float(), (self.in_features,), self.norm_weight, self.norm_eps)
+            bias = None if self.bias is None else self.bias.float()
+            norm_eps = None if gain is None else self.norm_eps
+            return ops.bit_linear(x, self.weight, bias=bias, norm_weight=gain, norm_eps=norm_eps)
+        if gain is not None:
+            x = nn.functional.rms_norm(x.float(), (self.in_features,), gain, self.norm_eps).to(x.dtype)
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -46,7 +46,7 @@ def convert_linear(
         )
         layer.weight = module.weight
         if module.bias is not None:
-            layer.bias = module.bias
+            layer.bias = cast(nn.Parameter, module.bias)
         return layer
 
     model, count = _replace(model, build)

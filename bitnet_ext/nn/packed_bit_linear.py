@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +80,18 @@ class PackedBitLinear(nn.Module):
             None if layer.norm_weight is None else layer.norm_weight.detach().clone(),
             layer.norm_eps,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:
+        """Moves as any module does, but a cast (``model.bfloat16()``) leaves the float32 buffers as they are:
+        a rounded scale would be another weight.
+        """
+        exact = {name: getattr(self, name) for name in ("weight_scale", "bias", "norm_weight")}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = getattr(self, name)
+            if moved is not None and moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm_weight is not None:

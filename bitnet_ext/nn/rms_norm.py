@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean x^2 + eps) * weight`` over the last dimension, computed in float32.
+    """``x / sqrt(mean x^2 + eps) * weight`` over the last dimension, computed in float32, returned in x's dtype.
 
     Args:
         features: size of the last dimension.
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x.float(), (self.features,), self.weight, self.eps)
+        return nn.functional.rms_norm(x.float(), (self.features,), self.weight.float(), self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}"

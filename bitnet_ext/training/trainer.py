@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitnet_ext.data.sampling import RowSampler
+from bitnet_ext.data.sampling import Order, RowSampler
 from bitnet_ext.models import BitNetForCausalLM
 from bitnet_ext.training.checkpoint import (
     CheckpointError,
@@ -106,7 +106,7 @@ class Trainer:
             tokens,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
-            order=config.sampling,
+            order=cast(Order, config.sampling),
             seed=config.seed,
             rank=self.world.rank,
             world_size=self.world.size,
