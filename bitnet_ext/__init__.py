@@ -6,10 +6,11 @@ Layers, each importing only from those after it: ``collapse`` (experiments), ``t
 
 from __future__ import annotations
 
+__version__ = "0.1.0"
+
 from bitnet_ext import _ops, ops
 from bitnet_ext._load import build_info
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "build_info", "ops"]
 
 _ops.register()

@@ -2,12 +2,11 @@
 
 Python run in the root of a source checkout imports the package from the checkout, where no compiled
 module lies. The modules of the installed distribution are taken then, so tests and examples work from
-the root too.
+the root too. All of them come from one folder, hence from one build.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -17,57 +16,63 @@ from typing import Any
 
 import torch
 
+from bitnet_ext import __version__
 
-def _folders() -> list[Path]:
-    here = Path(__file__).resolve().parent
-    folders = [here]
-    try:
-        distribution = importlib.metadata.distribution("bitnet_ext")
-        folders.append(Path(str(distribution.locate_file("bitnet_ext"))).resolve())
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    # A source checkout in front of the installed package on sys.path hides it from metadata's first hit.
-    folders += [Path(entry) / "bitnet_ext" for entry in sys.path if entry.endswith("site-packages")]
-    return list(dict.fromkeys(folders))
+_INSTALL = "install the package with `pip install .`"
 
 
-def _find(name: str) -> Path | None:
-    for folder in _folders():
-        for suffix in EXTENSION_SUFFIXES:
-            path = folder / f"{name}{suffix}"
-            if path.is_file():
-                return path
-    return None
+def _find(folder: Path, name: str) -> Path | None:
+    candidates = (folder / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
 
 
-def _import(name: str, path: Path) -> ModuleType:
+def _folder() -> Path:
+    # The ordinary way first: it also lets an editable installation rebuild itself.
+    spec = importlib.util.find_spec("bitnet_ext._native")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent
+    for entry in sys.path:
+        folder = Path(entry).resolve() / "bitnet_ext"
+        if _find(folder, "_native") is not None:
+            return folder
+    raise ImportError(
+        "bitnet_ext has no compiled modules for Python "
+        f"{sys.version_info.major}.{sys.version_info.minor} ({sys.executable}): {_INSTALL}"
+    )
+
+
+def _import(folder: Path, name: str) -> ModuleType:
     qualified = f"bitnet_ext.{name}"
     if qualified in sys.modules:
         return sys.modules[qualified]
-    spec = importlib.util.spec_from_file_location(qualified, path)
-    assert spec is not None and spec.loader is not None
+    path = _find(folder, name)
+    spec = None if path is None else importlib.util.spec_from_file_location(qualified, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"bitnet_ext has no compiled module {name} in {folder}: {_INSTALL}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[qualified] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[qualified]
+        raise
     return module
 
 
-def _load(name: str, required: bool) -> ModuleType | None:
-    path = _find(name)
-    if path is None:
-        if required:
-            raise ImportError(
-                f"bitnet_ext has no compiled module {name} for Python "
-                f"{sys.version_info.major}.{sys.version_info.minor}: install the package with `pip install .`"
-            )
-        return None
-    return _import(name, path)
+def _check_version(built: str, folder: Path) -> None:
+    if built != __version__:
+        raise ImportError(
+            f"bitnet_ext {__version__} ({Path(__file__).parent}) found compiled modules of version {built} "
+            f"({folder}): {_INSTALL} again, so that both are of one version"
+        )
 
 
-_load("_C", required=True)
-_native: Any = _load("_native", required=True)
+_compiled = _folder()
+_native: Any = _import(_compiled, "_native")
+_check_version(_native.build_info()["version"], _compiled)
+_import(_compiled, "_C")
 # A CPU build of torch has none of the symbols that the CUDA operators need.
-_C_cuda = _load("_C_cuda", required=False) if torch.version.cuda else None
+_C_cuda = _import(_compiled, "_C_cuda") if torch.version.cuda and _find(_compiled, "_C_cuda") else None
 
 
 def build_info() -> dict[str, Any]:
@@ -80,7 +85,7 @@ def build_info() -> dict[str, Any]:
     info = dict(_native.build_info())
     return {
         "version": info["version"],
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torch_at_build": info["torch"],
         "compiler": info["compiler"],
         "cuda_kernels": _C_cuda is not None,

@@ -113,10 +113,14 @@ def _adam_step_(
 
 def _softmax_stats(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T = logits.shape[0]
-    target_logit, mean_logit, expected_logit = (
-        logits.new_empty((T,), dtype=torch.float32) for _ in range(3)
+    target_logit, mean_logit, expected_logit = (logits.new_empty((T,), dtype=torch.float32) for _ in range(3))
+    return (
+        logits.new_empty((T,), dtype=torch.float64),
+        target_logit,
+        mean_logit,
+        expected_logit,
+        logits.new_empty((T,), dtype=torch.int64),
     )
-    return logits.new_empty((T,), dtype=torch.float64), target_logit, mean_logit, expected_logit, logits.new_empty((T,), dtype=torch.int64)
 
 
 def _softmax_grad_(

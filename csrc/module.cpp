@@ -3,7 +3,14 @@
 #include <Python.h>
 
 extern "C" __attribute__((visibility("default"))) PyObject* BITNET_EXT_MODULE_INIT() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, BITNET_EXT_MODULE_NAME, nullptr, -1, nullptr,
-                                   nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   BITNET_EXT_MODULE_NAME,
+                                   nullptr,
+                                   -1,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
   return PyModule_Create(&definition);
 }

@@ -7,7 +7,8 @@
 STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   // --- quantisation ---
   m.def("quantize_act_int8(Tensor x) -> (Tensor x_i8, Tensor act_scale)");
-  m.def("rms_norm_quantize(Tensor x, Tensor? gain, float eps) -> (Tensor x_i8, Tensor act_scale, Tensor rstd)");
+  m.def(
+      "rms_norm_quantize(Tensor x, Tensor? gain, float eps) -> (Tensor x_i8, Tensor act_scale, Tensor rstd)");
   m.def("quantize_weight_ternary(Tensor weight) -> (Tensor codes, Tensor weight_scale)");
   m.def("quantize_pack_weight(Tensor weight) -> (Tensor packed, Tensor weight_scale)");
   // --- packing ---
@@ -25,12 +26,14 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "bool normalize, ScalarType out_dtype) -> "
       "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor packed, Tensor weight_scale)");
   m.def(
-      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor grad_gain)");
+      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor "
+      "grad_gain)");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-      "Tensor hyper, Tensor grad_scale, float beta1, float beta2, float eps, bool decoupled, bool decay) -> ()");
+      "Tensor hyper, Tensor grad_scale, float beta1, float beta2, float eps, bool decoupled, bool decay) -> "
+      "()");
   // --- loss ---
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "

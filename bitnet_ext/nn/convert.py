@@ -44,9 +44,9 @@ def convert_linear(
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-        layer.weight = module.weight
+        layer.weight = cast(nn.Parameter, module.weight)
         if module.bias is not None:
-            layer.bias = cast(nn.Parameter, module.bias)
+            layer.bias = module.bias
         return layer
 
     model, count = _replace(model, build)

@@ -28,7 +28,7 @@ def int8xint2_mm(
 ) -> Tensor:
     """``y[m, n] = (sum_k x_i8[m, k] codes[n, k]) * x_scale[m] * weight_scale[n] + bias[n]``.
 
-    The sum is exact in int32 for every K < 2**24; the scales and the bias are applied in float32, in this
+    The sum is exact in int32 (K up to 4,194,304); the scales and the bias are applied in float32, in this
     order, and the result is cast once.
 
     Args:

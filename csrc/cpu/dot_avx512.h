@@ -116,8 +116,9 @@ inline void all_rows(const int8_t* planes,
   for (; n + kRows <= rows; n += kRows) {
     tile<kRows, kTokens>(planes, sums, packed + n * row_bytes, row_bytes, stride, acc + n, ld);
   }
-  for (; n < rows; ++n)
+  for (; n < rows; ++n) {
     tile<1, kTokens>(planes, sums, packed + n * row_bytes, row_bytes, stride, acc + n, ld);
+  }
 }
 
 void dot(const int8_t* planes,

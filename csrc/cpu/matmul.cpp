@@ -1,5 +1,5 @@
-// The int8 x 2-bit product: y[m, n] = act_scale[m] * weight_scale[n] * sum_k x_i8[m, k] * code[n, k] +
-// bias[n].
+// The int8 x 2-bit product:
+//     y[m, n] = act_scale[m] * weight_scale[n] * sum_k x_i8[m, k] * code[n, k] + bias[n]
 //
 // Work is cut into tasks of kTaskRows output features by kTaskTokens tokens. The weights of a task (K = 2560:
 // 40 kB) stay in L1 and L2 while its tokens pass; the planes of all tokens are shared. Integer sums are
@@ -110,8 +110,9 @@ std::vector<float> scale_of_rows(const Tensor& weight_scale,
   if (!segments.empty()) {
     std::vector<float> rows;
     rows.reserve(static_cast<size_t>(N));
-    for (size_t s = 0; s < segments.size(); ++s)
+    for (size_t s = 0; s < segments.size(); ++s) {
       rows.insert(rows.end(), static_cast<size_t>(segments[s]), scale[s]);
+    }
     return rows;
   }
   if (weight_scale.numel() == 1) return std::vector<float>(static_cast<size_t>(N), scale[0]);

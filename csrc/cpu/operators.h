@@ -32,11 +32,6 @@ inline Dtype dtype_of(ScalarType dtype) {
 // boxed dispatcher, which costs more than the kernels of a single token.
 Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
 
-inline std::vector<int64_t> with_last(std::vector<int64_t> leading, int64_t size) {
-  leading.push_back(size);
-  return leading;
-}
-
 // Pieces of `item_bytes` that a thread should at least get: below 64 kB waking it costs more than it saves.
 inline int64_t grain_for(int64_t item_bytes) {
   constexpr int64_t kTaskBytes = 64 * 1024;

@@ -31,6 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_stats(const Tensor& l
   check_input(op, "logits", logits);
   check_dim(op, "logits", logits, 2);
   const auto [T, V, leading] = check_rows(op, "logits", logits);
+  constexpr int64_t kMaxVocabulary = 0x7fffffff - 16;  // kernels keep places in int32
+  if (V > kMaxVocabulary) fail(op, "logits must have V <= ", kMaxVocabulary, "; got ", V);
   const int64_t* targets = check_target(op, target, T, V);
   Tensor lse = new_tensor({T}, ScalarType::Double);
   Tensor target_logit = new_tensor({T}, ScalarType::Float);
