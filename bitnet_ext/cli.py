@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except RuntimeError as error:
+        return collapse_command.report_operator_error(error)
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,16 @@ def test_train_and_generate(text: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "holds no checkpoint" in capsys.readouterr().err
     assert cli.main(train) == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_forced_instruction_set_that_does_not_exist(tmp_path: Path) -> None:
+    environment = {**os.environ, "BITNET_EXT_CPU_ISA": "avx9000"}
+    for command in ([sys.executable, "-m", "bitnet_ext.cli", "info"], [sys.executable, str(EXAMPLE)]):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 2
+        assert (
+            len(result.stderr.splitlines()) == 1 and "avx9000" in result.stderr and "scalar" in result.stderr
+        )
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

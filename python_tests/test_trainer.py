@@ -290,6 +290,36 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
     assert lines(tmp_path) == lines(tmp_path / "whole")
 
 
+def test_a_full_disk_under_the_metrics_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG, checkpoint_interval=5)
+    trainer = Trainer(model(), config, stream(), run_dir=tmp_path, device="cpu")
+
+    def fill_the_disk(step: int, record: object) -> None:
+        if step == 7:
+            full = open("/dev/full", "w")  # noqa: SIM115  (closed by the log)
+            monkeypatch.setattr(trainer._log, "_file", full)
+
+    with pytest.raises(
+        OSError, match=r"could not write metrics to .*metrics\.jsonl.*the last checkpoint is kept"
+    ):
+        trainer.fit(on_progress=fill_the_disk)
+    assert read_checkpoint(tmp_path / "checkpoint").step == 5
+    Trainer(model(), config, stream(), run_dir=tmp_path, device="cpu").fit(resume=True)
+    Trainer(model(), CONFIG, stream(), run_dir=tmp_path / "whole", device="cpu").fit()
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = dataclasses.replace(CONFIG, tensorboard=True)
+    Trainer(model(), config, stream(), run_dir=tmp_path, device="cpu").fit()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_divergence_is_reported_with_the_step(device: str, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, lr=1e30, grad_clip=None, steps=50, warmup_steps=0)

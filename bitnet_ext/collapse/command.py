@@ -69,11 +69,21 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except RuntimeError as error:
+        return report_operator_error(error)
     print(comparison_table(read_study(out)).text())
     for name in ("summary.csv", "table.md", "figures"):
         print(out / name)
     print(f"report: {report}")
     return 0
+
+
+def report_operator_error(error: RuntimeError) -> int:
+    """Prints what an operator refused, such as a forced instruction set; any other RuntimeError is a defect."""
+    if not str(error).startswith("bitnet_ext"):
+        raise error
+    print(f"error: {str(error).strip()}", file=sys.stderr)
+    return EXIT_USAGE
 
 
 def _folder(args: argparse.Namespace) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -64,7 +65,9 @@ class MetricsLog:
         return self.path.stat().st_size
 
     def close(self) -> None:
-        self._file.close()
+        # Every line was flushed when it was written; what cannot be flushed now was reported then.
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
