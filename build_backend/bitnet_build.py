@@ -1,9 +1,10 @@
 """PEP 517 backend: scikit-build-core, with torch as a build requirement only where there is none.
 
-pip's isolated build runs the interpreter of the target environment, and that interpreter still sees
-its own site-packages in isolated mode (``python -I``). So a torch that the user already has serves
-the build; asking for one in ``build-system.requires`` would download a second copy (gigabytes for a
-CUDA build). Any torch >= 2.10 will do: the operators use the stable ABI.
+pip's isolated build runs the interpreter of the target environment and hides that environment's
+packages with a ``sitecustomize.py`` that it puts on ``PYTHONPATH``. Without that variable the same
+interpreter sees them again, so a torch that the user already has serves the build (cmake/torch_stable.cmake
+looks for it in the same way). Naming torch in ``build-system.requires`` would download a second copy,
+gigabytes for a CUDA build. Any torch that is new enough will do, because the operators use the stable ABI.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ from scikit_build_core.build import *  # noqa: F403  (the hooks that need no cha
 
 MINIMUM_TORCH = (2, 11)
 _PROBE = "import torch; print(torch.__version__)"
+_HIDING = ("PYTHONPATH", "PYTHONNOUSERSITE")  # what pip sets for an isolated build
 
 
-def _environment() -> dict[str, str]:
-    # pip puts a sitecustomize.py on PYTHONPATH that hides site-packages; -I ignores it as well.
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def _installed_torch() -> str | None:
+    """The version of the torch that the target environment imports, or None."""
+    environment = {name: value for name, value in os.environ.items() if name not in _HIDING}
+    probe = subprocess.run(
+        [sys.executable, "-c", _PROBE], capture_output=True, text=True, env=environment, check=False
+    )
+    lines = probe.stdout.split()
+    return lines[-1] if probe.returncode == 0 and lines else None
 
 
 def _torch_requirement() -> list[str]:
-    probe = subprocess.run(
-        [sys.executable, "-I", "-c", _PROBE], capture_output=True, text=True, env=_environment(), check=False
-    )
-    if probe.returncode == 0:
-        version = probe.stdout.strip()
-        found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-        if found >= MINIMUM_TORCH:
+    version = _installed_torch()
+    if version is not None:
+        major, minor = version.split(".")[:2]
+        if (int(major), int(minor)) >= MINIMUM_TORCH:
             return []
     return ["torch>={}.{}".format(*MINIMUM_TORCH)]
 

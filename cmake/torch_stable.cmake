@@ -4,11 +4,12 @@
 # even for CPU sources, and it overrides CMAKE_CUDA_ARCHITECTURES. The stable ABI needs one include
 # folder and three libraries.
 
-# In an isolated build `import torch` fails while `python -I` still sees the environment's own torch.
+# pip's isolated build hides site-packages with a sitecustomize.py on PYTHONPATH. A torch that the build
+# environment holds comes first; else the environment's own is used, so nobody downloads a second one.
 set(_probe "import torch, os; print(os.path.dirname(torch.__file__)); print(torch.__version__)")
-foreach(_flags "" "-I")
+foreach(_unset "" "--unset=PYTHONPATH;--unset=PYTHONNOUSERSITE")
   execute_process(
-    COMMAND ${Python_EXECUTABLE} ${_flags} -c "${_probe}"
+    COMMAND ${CMAKE_COMMAND} -E env ${_unset} ${Python_EXECUTABLE} -c "${_probe}"
     OUTPUT_VARIABLE _torch_found RESULT_VARIABLE _torch_status
     ERROR_VARIABLE _torch_error OUTPUT_STRIP_TRAILING_WHITESPACE)
   if(_torch_status EQUAL 0)
@@ -19,12 +20,15 @@ if(NOT _torch_status EQUAL 0)
   message(FATAL_ERROR "bitnet_ext: ${Python_EXECUTABLE} has no torch (needs >= 2.11): ${_torch_error}")
 endif()
 string(REPLACE "\n" ";" _torch_found "${_torch_found}")
-list(GET _torch_found 0 TORCH_DIR)
-list(GET _torch_found 1 TORCH_VERSION)
-message(STATUS "bitnet_ext: torch ${TORCH_VERSION}")
+list(GET _torch_found -2 TORCH_DIR)
+list(GET _torch_found -1 TORCH_VERSION)
+if(TORCH_VERSION VERSION_LESS 2.11)
+  message(FATAL_ERROR "bitnet_ext: torch is ${TORCH_VERSION} (${TORCH_DIR}); needed is torch >= 2.11")
+endif()
+message(STATUS "bitnet_ext: torch ${TORCH_VERSION} (${TORCH_DIR})")
 
-find_library(TORCH_LIBRARY torch PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
-find_library(TORCH_CPU_LIBRARY torch_cpu PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
+find_library(TORCH_LIBRARY torch PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
+find_library(TORCH_CPU_LIBRARY torch_cpu PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${TORCH_DIR}/include")
