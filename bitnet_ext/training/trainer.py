@@ -88,7 +88,6 @@ class Trainer:
         self.world = join_world(self.device.type)
         if self.world.size > 1 and self.device.type == "cuda":
             self.device = torch.device("cuda", self.world.local_rank)
-            torch.cuda.set_device(self.device)
         local_batch, rest = divmod(config.batch_size, self.world.size)
         if rest or local_batch % config.accumulation:
             raise ValueError(
