@@ -30,7 +30,7 @@ from bitnet_ext.training.checkpoint import latest_checkpoint, read_checkpoint, w
 from bitnet_ext.training.device import resolve_device
 
 #: What a run without settings does on a CPU: the arms that tell the story, in under ten minutes on two cores.
-CPU_ARMS = ("standard-lr", "adamw", "fp-twin")
+CPU_ARMS = ("standard-lr", "label-smoothing", "adamw", "fp-twin")
 CPU_STEPS = 400
 CPU_EVAL_TOKENS = 2048
 #: And on a GPU: every arm, as long as the report's runs.
