@@ -50,7 +50,7 @@ class TrainConfig:
         cuda_graph: capture the whole step in a CUDA graph (one process on a GPU; else without effect).
         log_interval: steps between "train" lines of the metrics file.
         checkpoint_interval: steps between checkpoints; None for none by steps.
-        checkpoint_seconds: seconds between checkpoints; None for none by time.
+        checkpoint_seconds: seconds between checkpoints of a run of one process; None for none by time.
         final_checkpoint: what the checkpoint at the end holds: "full", "model" (weights only) or "none".
         tensorboard: also write scalars for TensorBoard (extra `tensorboard`).
     """
