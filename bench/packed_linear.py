@@ -258,7 +258,7 @@ class Runner:
         # Casts are not cached: a graph must not hold weights that autocast made in another call.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             hidden = self.model.hidden_states(ids, self.cache)[:, -1]
-            return F.linear(hidden, self.model.head_weight)
+            return self.model.logits(hidden)
 
     def prefill(self) -> Tensor:
         return self._logits(self.prompt, 0)

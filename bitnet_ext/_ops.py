@@ -27,6 +27,19 @@ def _rms_norm_quantize(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tens
     return x_i8, act_scale, torch.empty_like(act_scale)
 
 
+def _add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, gain: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_i8, act_scale = _quantize_act_int8(x)
+    return x_i8, act_scale, x.new_empty(x.shape)
+
+
+def _glu_quantize(
+    gate: Tensor, up: Tensor, activation: str, gain: Tensor | None, eps: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    return _quantize_act_int8(gate)
+
+
 def _quantize_weight_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty((), dtype=torch.float32)
 
@@ -44,6 +57,29 @@ def _pack_ternary(codes: Tensor) -> Tensor:
 
 def _unpack_ternary(packed: Tensor, K: int) -> Tensor:
     return packed.new_empty((packed.shape[0], K), dtype=torch.int8)
+
+
+def _prepacked(like: Tensor, N: int, K: int) -> Tensor:
+    return like.new_empty(((N + 15) // 16, (K + 127) // 128, 32, 4), dtype=torch.int32)
+
+
+def _prepack_ternary(packed: Tensor, K: int) -> Tensor:
+    return _prepacked(packed, packed.shape[0], K)
+
+
+def _unprepack_ternary(prepacked: Tensor, N: int, K: int) -> Tensor:
+    return prepacked.new_empty((N, _packed_width(K)), dtype=torch.uint8)
+
+
+def _prepack_int8(codes: Tensor) -> Tensor:
+    N, K = codes.shape
+    return codes.new_empty(((N + 15) // 16, (K + 127) // 128, 4, 32, 4), dtype=torch.int32)
+
+
+def _dequantize_prepacked(
+    prepacked: Tensor, weight_scale: Tensor, N: int, K: int, dtype: torch.dtype
+) -> Tensor:
+    return prepacked.new_empty((N, K), dtype=dtype)
 
 
 def _dequantize_ternary(packed: Tensor, weight_scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
@@ -70,6 +106,24 @@ def _int8xint2_mm(
     return x_i8.new_empty((*x_i8.shape[:-1], packed.shape[0]), dtype=out_dtype)
 
 
+def _prepacked_mm_int32(x_i8: Tensor, prepacked: Tensor, N: int) -> Tensor:
+    return x_i8.new_empty((*x_i8.shape[:-1], N), dtype=torch.int32)
+
+
+def _prepacked_mm(
+    x_i8: Tensor,
+    act_scale: Tensor,
+    prepacked: Tensor,
+    N: int,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    segments: list[int],
+    out_dtype: torch.dtype,
+    weight_is_constant: bool,
+) -> Tensor:
+    return x_i8.new_empty((*x_i8.shape[:-1], N), dtype=out_dtype)
+
+
 def _bit_linear(
     x: Tensor,
     weight: Tensor,
@@ -82,6 +136,8 @@ def _bit_linear(
     x_i8, act_scale = _quantize_act_int8(x)
     rstd = x.new_empty(x.shape[:-1] if normalize else (0,), dtype=torch.float32)
     packed, weight_scale = _quantize_pack_weight(weight)
+    if weight.device.type == "cuda":
+        packed = _prepacked(weight, *weight.shape)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
     return y, x_i8, act_scale, rstd, packed, weight_scale
 
@@ -141,14 +197,22 @@ def _softmax_grad_(
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_act_int8": _quantize_act_int8,
     "rms_norm_quantize": _rms_norm_quantize,
+    "add_rms_norm_quantize": _add_rms_norm_quantize,
+    "glu_quantize": _glu_quantize,
     "quantize_weight_ternary": _quantize_weight_ternary,
     "quantize_pack_weight": _quantize_pack_weight,
     "pack_ternary": _pack_ternary,
     "unpack_ternary": _unpack_ternary,
     "dequantize_ternary": _dequantize_ternary,
+    "prepack_ternary": _prepack_ternary,
+    "unprepack_ternary": _unprepack_ternary,
+    "prepack_int8": _prepack_int8,
+    "dequantize_prepacked": _dequantize_prepacked,
     "dequantize_act": _dequantize_act,
     "int8xint2_mm_int32": _int8xint2_mm_int32,
     "int8xint2_mm": _int8xint2_mm,
+    "prepacked_mm_int32": _prepacked_mm_int32,
+    "prepacked_mm": _prepacked_mm,
     "bit_linear": _bit_linear,
     "rms_norm_backward": _rms_norm_backward,
     "sum_of_squares": _sum_of_squares,
@@ -185,7 +249,10 @@ def _bit_linear_backward(
     grad = grad_y.reshape(-1, grad_y.shape[-1])
     grad_x = grad_weight = grad_bias = grad_gain = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-        weight_q = _ops.dequantize_ternary(packed, weight_scale, K, grad.dtype)
+        if packed.dtype == torch.int32:
+            weight_q = _ops.dequantize_prepacked(packed, weight_scale, grad.shape[-1], K, grad.dtype)
+        else:
+            weight_q = _ops.dequantize_ternary(packed, weight_scale, K, grad.dtype)
         grad_x = torch.mm(grad, weight_q).reshape(x_i8.shape)
         if ctx.normalize:
             grad_x, grad_gain = _ops.rms_norm_backward(grad_x, x, norm_weight, rstd)

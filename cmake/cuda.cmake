@@ -80,6 +80,9 @@ if(BITNET_EXT_CUDA_FOUND)
     CUDA_VISIBILITY_PRESET hidden
     POSITION_INDEPENDENT_CODE ON)
   target_include_directories(bitnet_ext_cuda_kernels PRIVATE csrc)
+  if("${BITNET_EXT_CUDA_ARCHS}" MATCHES "90a")
+    target_compile_definitions(bitnet_ext_cuda_kernels PRIVATE BITNET_EXT_SM90A)
+  endif()
   # -lineinfo costs nothing at run time and lets a profiler name the line.
   target_compile_options(bitnet_ext_cuda_kernels PRIVATE
     -lineinfo --expt-relaxed-constexpr --threads=2 -Xcompiler=-Wall)

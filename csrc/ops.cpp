@@ -9,18 +9,36 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def("quantize_act_int8(Tensor x) -> (Tensor x_i8, Tensor act_scale)");
   m.def(
       "rms_norm_quantize(Tensor x, Tensor? gain, float eps) -> (Tensor x_i8, Tensor act_scale, Tensor rstd)");
+  m.def(
+      "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor? gain, float eps) -> "
+      "(Tensor x_i8, Tensor act_scale, Tensor sum)");
+  m.def(
+      "glu_quantize(Tensor gate, Tensor up, str activation, Tensor? gain, float eps, bool normalize) -> "
+      "(Tensor x_i8, Tensor act_scale)");
   m.def("quantize_weight_ternary(Tensor weight) -> (Tensor codes, Tensor weight_scale)");
   m.def("quantize_pack_weight(Tensor weight) -> (Tensor packed, Tensor weight_scale)");
   // --- packing ---
   m.def("pack_ternary(Tensor codes) -> Tensor");
   m.def("unpack_ternary(Tensor packed, int K) -> Tensor");
+  // Prepacked (csrc/prepacked.h): int32 [ceil(N / 16), ceil(K / 128), 32, 4] for ternary weights,
+  // int32 [ceil(N / 16), ceil(K / 128), 4, 32, 4] for int8 ones.
+  m.def("prepack_ternary(Tensor packed, int K) -> Tensor");
+  m.def("unprepack_ternary(Tensor prepacked, int N, int K) -> Tensor");
+  m.def("prepack_int8(Tensor codes) -> Tensor");
   m.def("dequantize_ternary(Tensor packed, Tensor weight_scale, int K, ScalarType dtype) -> Tensor");
+  m.def(
+      "dequantize_prepacked(Tensor prepacked, Tensor weight_scale, int N, int K, ScalarType dtype) -> Tensor");
   m.def("dequantize_act(Tensor x_i8, Tensor act_scale, ScalarType dtype) -> Tensor");
   // --- products ---
   m.def("int8xint2_mm_int32(Tensor x_i8, Tensor packed) -> Tensor");
   m.def(
       "int8xint2_mm(Tensor x_i8, Tensor act_scale, Tensor packed, Tensor weight_scale, Tensor? bias, "
       "int[] segments, ScalarType out_dtype) -> Tensor");
+  m.def("prepacked_mm_int32(Tensor x_i8, Tensor prepacked, int N) -> Tensor");
+  m.def(
+      "prepacked_mm(Tensor x_i8, Tensor act_scale, Tensor prepacked, int N, Tensor weight_scale, "
+      "Tensor? bias, int[] segments, ScalarType out_dtype, bool weight_is_constant) -> Tensor");
+  // `packed` is the canonical form on the CPU and the prepacked one on CUDA.
   m.def(
       "bit_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, "
       "bool normalize, ScalarType out_dtype) -> "

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from bitnet_ext import testing
+from bitnet_ext import ops, testing
 from bitnet_ext.models import BitNetForCausalLM, preset
+from bitnet_ext.ops.int8_mm import int8_mm
 from bitnet_ext.testing import bench as bench_tools
+from bitnet_ext.testing import products
+from bitnet_ext.testing import script as script_tools
+from bitnet_ext.testing.script import WrongResultError
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -50,7 +55,8 @@ def check_common(result: dict[str, Any], name: str, device: str) -> None:
     assert f"bench/{name}.py --quick --json result.json" in facts["command"]
     assert ("gpu" in facts) == (device == "cuda")
     assert result["settings"]["quick"] is True
-    assert set(result["ceiling"]) == {"read_gb_per_s", "update_gb_per_s", "fp32_gflop_per_s"}
+    ceilings = ("read_gb_per_s", "update_gb_per_s", "copy_gb_per_s", "fp32_gflop_per_s")
+    assert set(result["ceiling"]) == set(ceilings)
     assert all(value > 0 for value in result["ceiling"].values())
 
 
@@ -125,6 +131,10 @@ def test_packed_linear(device: str, tmp_path: Path) -> None:
         ("train_step", ("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ("packed_linear", ("--shapes", "2560"), "a shape is NxK, such as 2560x6912, got '2560'"),
         ("packed_linear", ("--tokens", "-1"), "must be an integer >= 1, got '-1'"),
+        ("decode", ("--shapes", "2560"), "a shape is NxK, such as 2560x6912, got '2560'"),
+        ("decode", ("--tokens", "0"), "must be an integer >= 1, got '0'"),
+        ("prefill", ("--cases", "64x64"), "a shape is MxNxK, such as 4096x14336x4096, got '64x64'"),
+        ("prefill", ("--seconds", "nan"), "must be a number > 0, got 'nan'"),
     ],
 )
 def test_bad_options_are_named(
@@ -135,10 +145,230 @@ def test_bad_options_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", [script, *options])
+    module = load(script)
     with pytest.raises(SystemExit) as exit_info:
-        load(script).main()
+        module.main() if hasattr(module, "main") else module.parse()
     assert exit_info.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+# --- decode and prefill -------------------------------------------------------------------------------------
+
+PEERS = {products.BF16, products.INT8, products.FP8}
+
+
+class CpuOperators:
+    """The operators of prepacked weights as the CPU's own products, which take the weights as they are."""
+
+    @staticmethod
+    def prepack_ternary(packed: torch.Tensor, K: int) -> torch.Tensor:
+        return packed
+
+    @staticmethod
+    def prepack_int8(codes: torch.Tensor) -> torch.Tensor:
+        return codes
+
+    @staticmethod
+    def prepacked_mm_int32(x_i8: torch.Tensor, weight: torch.Tensor, N: int) -> torch.Tensor:
+        product = ops.int8xint2_mm if weight.dtype == torch.uint8 else int8_mm
+        return product(x_i8, None, weight, out_dtype=torch.int32)
+
+    @staticmethod
+    def prepacked_mm(
+        x_i8: torch.Tensor,
+        act_scale: torch.Tensor,
+        weight: torch.Tensor,
+        N: int,
+        weight_scale: torch.Tensor,
+        bias: None,
+        segments: list[int],
+        out_dtype: torch.dtype,
+        weight_is_constant: bool,
+    ) -> torch.Tensor:
+        return ops.int8xint2_mm(x_i8, act_scale, weight, weight_scale, out_dtype=out_dtype)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of decode and prefill but the kernels."""
+    monkeypatch.setattr(products, "_ops", CpuOperators)
+    monkeypatch.setattr(products, "rotation_count", lambda nbytes, device: 2)
+
+
+def run_quick(name: str, tmp_path: Path, *arguments: str, device: str = "cpu") -> dict[str, Any]:
+    module = load(name)
+    file = tmp_path / "result.json"
+    module.run(module.parse(["--quick", "--json", str(file), *arguments]), torch.device(device))
+    result = json.loads(file.read_text())
+    assert result["bench"] == name and result["environment"]["device"] == device
+    assert result["settings"]["quick"] is True and result["ceiling"]["read_gb_per_s"] > 0
+    return result
+
+
+def check_peers(peers: dict[str, Any], expected: set[str]) -> None:
+    assert set(peers) == expected
+    for peer in peers.values():
+        if "skipped" in peer:
+            assert peer["skipped"]
+        else:
+            check_seconds(peer["seconds"])
+            assert peer["ratio"] > 0
+
+
+@pytest.mark.parametrize("script", ["decode", "prefill"])
+def test_without_a_gpu_one_sentence_says_so(script: str, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, str(BENCH / f"{script}.py"), "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"bench/{script}.py times CUDA kernels and needs an NVIDIA GPU, PyTorch sees none here\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def check_decode(result: dict[str, Any], printed: str, expected_peers: set[str]) -> None:
+    rows = result["rows"]
+    assert [(r["N"], r["K"], r["M"], r["bits"]) for r in rows] == [
+        *((64, 48, M, 2) for M in (1, 3, 24)),
+        *((33, 30, M, 2) for M in (1, 3, 24)),
+        (48, 64, 1, 8),
+    ]
+    for row in rows:
+        check_seconds(row["seconds"])
+        check_seconds(row["chained_seconds"])
+        check_peers(row["peers"], expected_peers)
+        assert row["floor_seconds"] == pytest.approx(row["share_of_read_ceiling"] * row["seconds"]["median"])
+        assert (row["M"] == 1) == (row["ratio_to_one_token"] == 1.0)
+        assert f"{row['N']}x{row['K']}{' int8' if row['bits'] == 8 else ''} " in printed
+    assert rows[0]["peers"][products.INT8]["skipped"] == "needs M > 16"
+    assert rows[5]["peers"][products.INT8]["skipped"] == "needs N and K in multiples of 8"
+    assert "seconds" in rows[2]["peers"][products.INT8]
+    assert result["sweeps"] == []
+
+
+DECODE_OPTIONS = ("--shapes", "64x48", "33x30", "--heads", "48x64", "--tokens", "24", "1", "3")
+
+
+def test_decode_but_for_its_kernels(on_cpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_quick("decode", tmp_path, *DECODE_OPTIONS)
+    check_decode(result, capsys.readouterr().out, PEERS)
+    # The weight and its scale, x with its scales, y.
+    floor = (64 * 12 + 4 + 3 * (48 + 4) + 2 * 3 * 64) / result["ceiling"]["read_gb_per_s"] / 1e9
+    assert result["rows"][1]["floor_seconds"] == pytest.approx(floor)
+
+
+@pytest.mark.gpu
+def test_decode(tmp_path: Path) -> None:
+    printed, result = run_script("decode.py", tmp_path, *DECODE_OPTIONS)
+    check_decode(result, printed, PEERS)
+    assert all(row["seconds"]["graph"] and row["chained_seconds"]["graph"] for row in result["rows"])
+
+
+def test_gemlite_is_a_note_where_it_is_not_there(
+    on_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gemlite", None)
+    result = run_quick("decode", tmp_path, *DECODE_OPTIONS, "--gemlite")
+    printed = capsys.readouterr().out
+    check_decode(result, printed, PEERS | {products.GEMLITE})
+    assert "gemlite us" in printed
+    assert "cannot be imported" in result["rows"][0]["peers"][products.GEMLITE]["skipped"]
+
+
+def test_decode_sweep(on_cpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_quick("decode", tmp_path, "--sweep", "--shapes", "64x48")
+    printed = capsys.readouterr().out
+    (sweep,) = result["sweeps"]
+    assert [point["M"] for point in sweep["points"]] == [1, 2, 3, 4] and result["rows"] == []
+    assert sweep["largest_step_beyond"] is None
+    assert "largest step up to M = 64" in printed and "lowest ratio to bf16" in printed
+    assert load("decode").parse(["--sweep"]).tokens[60:68] == [61, 62, 63, 64, 80, 96, 128, 160]
+
+
+def test_sweep_summary() -> None:
+    decode = load("decode")
+    times = {1: 2.0, 2: 2.2, 3: 2.1, 16: 4.2, 64: 4.3, 80: 4.4, 96: 8.8}
+    points = [{"M": M, "seconds": t, "ratio_to_bf16": 6 / t} for M, t in times.items()]
+    summary = decode.summary_of(points)
+    assert summary["largest_step"] == {"from": 3, "to": 16, "ratio": pytest.approx(2.0)}
+    assert summary["largest_step_beyond"] == {"from": 80, "to": 96, "ratio": pytest.approx(2.0)}
+    assert summary["lowest_ratio"] == {"M": 96, "ratio_to_bf16": pytest.approx(6 / 8.8)}
+    assert decode.sentence_of(summary) == (
+        "largest step up to M = 64: 2.00x from M = 3 to 16 (5.33x the tokens); "
+        "largest step beyond: 2.00x from M = 80 to 96 (1.20x the tokens); "
+        "lowest ratio to bf16: 0.68x at M = 96"
+    )
+    assert decode.summary_of(points[:1])["largest_step"] is None
+
+
+def check_prefill(result: dict[str, Any], printed: str) -> None:
+    rows = result["rows"]
+    assert [(row["M"], row["N"], row["K"]) for row in rows] == [(24, 64, 48), (17, 33, 30)]
+    for row in rows:
+        check_seconds(row["seconds"])
+        check_peers(row["peers"], PEERS)
+        operations = 2 * row["M"] * row["N"] * row["K"]
+        assert row["top_per_s"] == pytest.approx(operations / row["seconds"]["median"] / 1e12)
+        assert row["share_of_peak"] == pytest.approx(row["top_per_s"] / 1000)
+        assert f"{row['M']}x{row['N']}x{row['K']} " in printed
+
+
+PREFILL_OPTIONS = ("--cases", "24x64x48", "17x33x30", "--peak", "1000")
+
+
+def test_prefill_but_for_its_kernels(
+    on_cpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_prefill(run_quick("prefill", tmp_path, *PREFILL_OPTIONS), capsys.readouterr().out)
+    unknown = run_quick("prefill", tmp_path, "--cases", "17x33x30")
+    assert unknown["rows"][0]["share_of_peak"] is None and unknown["settings"]["peak_top_per_s"] is None
+
+
+@pytest.mark.gpu
+def test_prefill(tmp_path: Path) -> None:
+    printed, result = run_script("prefill.py", tmp_path, *PREFILL_OPTIONS)
+    check_prefill(result, printed)
+
+
+def test_int8_peaks_of_the_data_sheets() -> None:
+    prefill = load("prefill")
+    assert prefill.peak_of("NVIDIA H200") == 1979 and prefill.peak_of("NVIDIA H100 80GB HBM3") == 1979
+    assert prefill.peak_of("NVIDIA H100 PCIe") == 1513
+    assert prefill.peak_of("NVIDIA GeForce RTX 4090") is None
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_wrong_product_is_not_timed(on_cpu: None, int8: bool) -> None:
+    problem = products.Problem(8, 16, 20, torch.device("cpu"), int8=int8)
+    ours, peers = products.Ours(problem), products.Peers(problem)
+    ours.calls(20, {}, constant=True)
+    peers.calls(20)
+    problem.sums[3, 5] += 1
+    with pytest.raises(WrongResultError, match="the int32 sums differ for M x N x K = 20 x 8 x 16"):
+        ours.calls(20, {}, constant=True)
+    with pytest.raises(WrongResultError, match=r"torch\._int_mm is not the product"):
+        peers.calls(20)
+    problem.sums[3, 5] -= 1
+    problem.act_scale[3] *= -1
+    peers = products.Peers(problem, (products.BF16,))
+    peers.calls(20)
+    peers._weights[products.BF16][0][1] += 1
+    with pytest.raises(WrongResultError, match="torch bf16 is not the product"):
+        peers.calls(20)
+
+
+def test_variables_are_set_for_the_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITNET_EXT_A", "old")
+    monkeypatch.delenv("BITNET_EXT_B", raising=False)
+    with script_tools.environment_variables({"BITNET_EXT_A": "1", "BITNET_EXT_B": "2"}):
+        assert script_tools.library_variables().items() >= {"BITNET_EXT_A": "1", "BITNET_EXT_B": "2"}.items()
+    assert script_tools.library_variables()["BITNET_EXT_A"] == "old"
+    assert "BITNET_EXT_B" not in script_tools.library_variables()
+
+
+# --- the twin and the tools ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["collapse-64", "bitnet-100m"])
@@ -198,6 +428,16 @@ def test_blocks_last_as_long_as_asked() -> None:
         {"x": [lambda: None]}, "cpu", repeats=1, min_block_seconds=0, min_calls=7
     )
     assert calls["x"].calls >= 7
+
+
+def test_rounds_are_thrown_away_until_it_has_settled() -> None:
+    calls: list[float] = []
+    options = {"repeats": 2, "min_block_seconds": 0.0, "settle_seconds": 0.02}
+    timing = testing.time_interleaved({"x": [lambda: calls.append(time.perf_counter())]}, "cpu", **options)[
+        "x"
+    ]
+    assert len(timing.samples) == 2
+    assert calls[-2] - calls[0] >= 0.02
 
 
 @pytest.mark.gpu

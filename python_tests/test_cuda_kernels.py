@@ -182,7 +182,7 @@ def test_tiles(M: int, N: int, K: int) -> None:
 @pytest.mark.parametrize("M", range(1, 9))
 @pytest.mark.parametrize(("N", "K"), [(8451, 256), (9001, 2048), (16384, 4160), (20001, 100)])
 def test_gemv_with_many_rows(M: int, N: int, K: int) -> None:
-    """N beyond 64 rows a multiprocessor: a warp handles four rows."""
+    """N beyond 64 rows a multiprocessor: a warp handles two row tiles, a block several groups of them."""
     x, codes = integers(-128, 128, M, K, seed=M), integers(-1, 2, N, K, seed=1)
     packed = ops.pack_ternary_ref(codes)
     expected = exact_product(x, codes)
@@ -266,8 +266,9 @@ def test_bit_linear_is_its_parts(shape: tuple[int, ...], dtype: torch.dtype) -> 
             assert_same((x_i8, act_scale), exact_ref(ops.quantize_act_int8_ref, x))
             assert rstd.shape == (0,)
         codes, scale = exact_ref(ops.quantize_weight_ternary_ref, w)
-        assert_same((packed, weight_scale), (ops.pack_ternary_ref(codes), scale))
-        assert torch.equal(y, ops.int8xint2_mm_ref(x_i8, act_scale, packed, weight_scale, bias=bias))
+        canonical = ops.pack_ternary_ref(codes)
+        assert_same((packed, weight_scale), (ops.prepack_ternary_ref(canonical, K), scale))
+        assert torch.equal(y, ops.int8xint2_mm_ref(x_i8, act_scale, canonical, weight_scale, bias=bias))
 
 
 # --- norm backward, optimiser, loss -------------------------------------------------------------------------

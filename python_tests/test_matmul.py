@@ -73,6 +73,30 @@ def test_leading_dimensions(device: str) -> None:
     assert torch.equal(one, got[0, 0])
 
 
+def test_reference_of_both_forms() -> None:
+    x, _, packed, act_scale = problem(5, 37, 257, "cpu")
+    form = {"weight": ops.prepack_ternary(packed, 257), "out_features": 37}
+    scale = torch.linspace(0.1, 1, 37)
+    expected = ops.int8xint2_mm(x, act_scale, packed, scale, out_features=37, weight_is_constant=True)
+    assert torch.equal(ops.int8xint2_mm_ref(x, act_scale, **form, weight_scale=scale), expected)
+    with pytest.raises(ValueError, match=r"weight must be packed uint8 \[N, ceil\(K / 4\)\] on the CPU"):
+        ops.int8xint2_mm(x, act_scale, **form, weight_scale=scale)
+
+
+def test_prepacked_weights_on_the_meta_device() -> None:
+    """The checks and shapes of CUDA, where there is none."""
+    x, weight = torch.empty(3, 257, dtype=torch.int8), torch.empty(3, 3, 32, 4, dtype=torch.int32)
+    x, weight, act_scale, one = (t.to("meta") for t in (x, weight, torch.empty(3), torch.ones(())))
+    y = ops.int8xint2_mm(x, act_scale, weight, one, out_features=37, out_dtype=torch.bfloat16)
+    assert y.shape == (3, 37) and y.dtype == torch.bfloat16
+    assert ops.int8xint2_mm(x, None, weight, out_features=48, out_dtype=torch.int32).shape == (3, 48)
+    with pytest.raises(ValueError, match=r"out_features \(N\) is needed with a prepacked int32 weight"):
+        ops.int8xint2_mm(x, act_scale, weight, one)
+    for N, K in ((32, 257), (49, 257), (48, 256)):
+        with pytest.raises(ValueError, match=rf"prepacked, for N = {N} and K = {K}"):
+            ops.int8xint2_mm(x[:, :K], act_scale, weight, one, out_features=N)
+
+
 @pytest.mark.gpu
 def test_sweep_on_the_gpu() -> None:
     """Random shapes, poisoned memory, two runs equal."""
@@ -128,6 +152,12 @@ def test_bad_arguments() -> None:
         (lambda: ops.int8xint2_mm(x, act_scale, packed, one, out_dtype=torch.int8), TypeError, "out_dtype"),
         (lambda: ops.int8xint2_mm(x, act_scale, packed, one, out_dtype=torch.int32), ValueError, "bare sums"),
         (lambda: ops.int8xint2_mm(x[:, :0], act_scale, packed, one), ValueError, "last dimension"),
+        (
+            lambda: ops.int8xint2_mm(x, act_scale, packed, one, out_features=16),
+            ValueError,
+            "out_features must be None or the 8 rows of weight, got 16",
+        ),
+        (lambda: ops.int8xint2_mm(x, act_scale, packed.float(), one), TypeError, "uint8 or int32"),
     ]
     for call, error, match in cases:
         with pytest.raises(error, match=match):

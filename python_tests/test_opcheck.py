@@ -10,6 +10,8 @@ import torch
 from bitnet_ext import _ops, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+#: The CPU's products read the packed form.
+CUDA_ONLY = {"prepacked_mm", "prepacked_mm_int32"}
 
 
 def samples(device: str) -> dict[str, tuple[Any, ...]]:
@@ -19,6 +21,8 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     x, weight, gain, bias = make(2, M, K), make(N, K), make(K), make(N)
     x_i8, act_scale, rstd = ops.rms_norm_quantize(x, gain)
     packed, weight_scale = ops.quantize_pack_weight(weight)
+    prepacked = ops.prepack_ternary(packed, K)
+    two_scales = torch.rand(2, device=device)
     logits, target = make(M, V), torch.tensor([3, -100, 60, 0, 9], device=device)
     stats = ops.softmax_stats(logits, target)
     pair = [make(3, 4), make(7)]
@@ -28,14 +32,22 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     return {
         "quantize_act_int8": (x,),
         "rms_norm_quantize": (x, gain, 1e-5),
+        "add_rms_norm_quantize": (x, make(2, M, K), gain, 1e-5),
+        "glu_quantize": (x, make(2, M, K), "relu2", gain, 1e-5, True),
         "quantize_weight_ternary": (weight,),
         "quantize_pack_weight": (weight,),
         "pack_ternary": (ops.quantize_weight_ternary(weight)[0],),
         "unpack_ternary": (packed, K),
         "dequantize_ternary": (packed, weight_scale, K, torch.bfloat16),
+        "prepack_ternary": (packed, K),
+        "unprepack_ternary": (prepacked, N, K),
+        "prepack_int8": (ops.quantize_weight_ternary(weight)[0],),
+        "dequantize_prepacked": (prepacked, weight_scale, N, K, torch.bfloat16),
         "dequantize_act": (x_i8, act_scale, torch.float32),
         "int8xint2_mm_int32": (x_i8, packed),
-        "int8xint2_mm": (x_i8, act_scale, packed, torch.rand(2, device=device), bias, [5, 7], torch.bfloat16),
+        "int8xint2_mm": (x_i8, act_scale, packed, two_scales, bias, [5, 7], torch.bfloat16),
+        "prepacked_mm_int32": (x_i8, prepacked, N),
+        "prepacked_mm": (x_i8, act_scale, prepacked, N, two_scales, bias, [5, 7], torch.bfloat16, True),
         "bit_linear": (
             x.clone().requires_grad_(),
             weight.clone().requires_grad_(),
@@ -67,6 +79,8 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", sorted(_ops._FAKES))
 def test_opcheck(name: str, device: str) -> None:
+    if device == "cpu" and name in CUDA_ONLY:
+        pytest.skip("for CUDA")
     torch.library.opcheck(getattr(torch.ops.bitnet_ext, name).default, samples(device)[name])
 
 

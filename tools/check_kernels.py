@@ -4,8 +4,8 @@
 
 Compiles every csrc/cuda/*.cu for each architecture and prints, a kernel a line, its registers, shared memory,
 stack and spills as ptxas reports them. Fails when a kernel spills or has a stack frame, or when its machine
-code lacks what it was written for: tensor-core instructions in the GEMM, dp4a in the GEMV, 16-byte accesses
-wherever memory is the bound. A compiler that stops vectorising is otherwise seen only as lost speed.
+code lacks what it was written for: tensor-core instructions in the products, none of them serialised, and 16-byte
+accesses wherever memory is the bound. A compiler that stops vectorising is otherwise seen only as lost speed.
 
 Needs nvcc, and nvdisasm, which the package nvidia-cuda-nvdisasm brings when the toolkit lacks it.
 """
@@ -35,17 +35,28 @@ class Rule:
     source: str
     kernel: str
     needs: tuple[str, ...]
+    arch: str = ""  # the only architecture it is for
 
 
 LOAD_16 = r"\bLDG\.E\.128"
 STORE_16 = r"\bSTG\.E\.128"
+LOAD_MATRIX = r"\bLDSM\.16\.M88\.4"
 COPY_16 = r"\bLDGSTS\.E\.(BYPASS\.)?(\w+\.)*128"
 RULES = [
-    Rule("sm80_int8xint2_gemm", r"gemm_kernel<.*true>", (r"\bIMMA\.16832\.S8\.S8", COPY_16, r"\bLDS\.128")),
-    Rule("sm80_int8xint2_gemm", r"gemm_kernel<.*false>", (r"\bIMMA\.16832\.S8\.S8",)),
-    Rule("int8xint2_gemv", r"gemv_kernel<.*true>", (r"\bIDP\.4A", r"\bLDG\.E\.(NA\.)?128", r"\bLDS\.128")),
-    Rule("int8xint2_gemv", r"gemv_kernel<.*false>", (r"\bIDP\.4A", r"\bLDS\.128")),
-    Rule("quantize_act", r"quantize_act_kernel<", (LOAD_16,)),
+    Rule("gemv", r"gemv_kernel<", (r"\bIMMA\.16832\.S8\.S8", r"\bLDG\.E\.(NA\.)?128")),
+    Rule("decode", r"decode_kernel<", (r"\bIMMA\.16832\.S8\.S8", COPY_16, LOAD_MATRIX, r"\bLDS\.128")),
+    Rule("sm80_gemm", r"gemm_kernel<.*true>", (r"\bIMMA\.16832\.S8\.S8", COPY_16, LOAD_MATRIX, STORE_16)),
+    Rule("sm80_gemm", r"gemm_kernel<.*false>", (r"\bIMMA\.16832\.S8\.S8", COPY_16, LOAD_MATRIX)),
+    Rule(
+        "sm90_gemm",
+        r"gemm_kernel<",
+        (r"\bIGMMA\.64x\d+x32\.S8\.S8", r"\bUTMALDG", r"\bLDS\.128", r"\bSTSM"),
+        "90a",
+    ),
+    Rule("prepack", r"\bprepack_\w+_kernel", (STORE_16,)),
+    Rule("prepack", r"dequantize_prepacked_kernel<.*true>", (STORE_16,)),
+    Rule("quantize_act", r"quantize_act_kernel<.*RowShape<[48],", (r"\bLDG\.E\.NA\.128",)),
+    Rule("glu_quantize", r"glu_quantize_kernel<.*RowShape<[48],", (r"\bLDG\.E\.NA\.128",)),
     Rule("quantize_weight", r"absmean_partials_kernel<", (LOAD_16,)),
     Rule("quantize_weight", r"quantize_weight_kernel<float", (LOAD_16,)),
     Rule("pack", r"\bpack_kernel<true>", (LOAD_16,)),
@@ -129,6 +140,9 @@ def compile_source(source: Path, arch: str, nvcc: str, nvdisasm: str, folder: Pa
             current.registers = int(match[1])
             shared = re.search(r"(\d+) bytes smem", line)
             current.shared = int(shared[1]) if shared else 0
+    # Said without being asked to warn: the products of a tile would run one after the other.
+    if match := re.search(r"wgmma\.mma_async instructions are serialized.*", log):
+        raise RuntimeError(f"{source.name} for sm_{arch}: {match[0]}")
     section = None
     for line in run([nvdisasm, "-c", str(cubin)]).splitlines():
         if match := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
@@ -150,6 +164,8 @@ def problems_of(kernels: list[Kernel]) -> list[str]:
             found.append(f"{where}: nvdisasm printed no machine code")
     for arch in sorted({k.arch for k in kernels}):
         for rule in RULES:
+            if rule.arch not in ("", arch):
+                continue
             matching = [
                 k
                 for k in kernels

@@ -74,7 +74,7 @@ def generate(
     try:
         for _ in range(max_new_tokens):
             hidden = model.hidden_states(step_input, cache)[:, -1]
-            logits = torch.nn.functional.linear(hidden, model.head_weight).float()
+            logits = model.logits(hidden).float()
             new = _choose(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 new = torch.where(done, eos_id, new)

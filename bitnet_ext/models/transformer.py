@@ -157,8 +157,12 @@ class BitNetForCausalLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """Output matrix [V, H]."""
+        """Output matrix [V, H] in floating point; a model packed with an int8 head has none."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., V] of hidden states [.., H], by whatever the output head is."""
+        return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
 
     def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm, [B, T, H]; with a cache, of the tokens that follow it."""
@@ -183,7 +187,7 @@ class BitNetForCausalLM(nn.Module):
         return self.final_norm(x)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        return F.linear(self.hidden_states(input_ids, cache), self.head_weight)
+        return self.logits(self.hidden_states(input_ids, cache))
 
     def num_parameters(self) -> dict[str, int]:
         """Parameter counts: total, ternary (in quantised layers), embedding and head, norm gains."""

@@ -1,8 +1,19 @@
-"""Modules: the training form and the packed form of a BitLinear layer, and conversion of whole models."""
+"""Modules: the training form and the packed form of a BitLinear layer, an int8 head, and conversion of whole
+models.
+"""
 
 from bitnet_ext.nn.bit_linear import QUANTIZATIONS, BitLinear
 from bitnet_ext.nn.convert import convert_linear, pack_model
+from bitnet_ext.nn.int8_linear import Int8Linear
 from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
 from bitnet_ext.nn.rms_norm import RMSNorm
 
-__all__ = ["QUANTIZATIONS", "BitLinear", "PackedBitLinear", "RMSNorm", "convert_linear", "pack_model"]
+__all__ = [
+    "QUANTIZATIONS",
+    "BitLinear",
+    "Int8Linear",
+    "PackedBitLinear",
+    "RMSNorm",
+    "convert_linear",
+    "pack_model",
+]

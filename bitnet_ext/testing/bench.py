@@ -116,6 +116,8 @@ def time_interleaved(
     min_block_seconds: float = 0.02,
     min_calls: int = 1,
     graph: bool = True,
+    graph_calls: int = GRAPH_CALLS,
+    settle_seconds: float = 0.0,
 ) -> dict[str, Timing]:
     """Times each variant's calls, in turns.
 
@@ -127,6 +129,9 @@ def time_interleaved(
         min_block_seconds: a block repeats the calls until it lasts at least so long.
         min_calls: and until it holds at least so many calls.
         graph: on CUDA, replay a graph of the calls where they can be captured (not on a CPU).
+        graph_calls: fewest calls in such a graph.
+        settle_seconds: rounds that are thrown away first, so that clocks and power find their level under
+            this very mix of work.
 
     Returns:
         a :class:`Timing` by name, in seconds a call.
@@ -140,11 +145,17 @@ def time_interleaved(
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device, _no_collection():
         runners = {
-            name: _CudaRunner(list(calls), graph) if device.type == "cuda" else _CpuRunner(list(calls))
+            name: _CudaRunner(list(calls), graph, graph_calls)
+            if device.type == "cuda"
+            else _CpuRunner(list(calls))
             for name, calls in variants.items()
         }
         for runner in runners.values():
             runner.calibrate(min_block_seconds, min_calls)
+        settled = time.perf_counter() + settle_seconds
+        while time.perf_counter() < settled:
+            for runner in runners.values():
+                runner.block()
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
         for _ in range(repeats):
             for name, runner in runners.items():
@@ -215,8 +226,8 @@ class _CpuRunner(_Runner):
 
 
 class _CudaRunner(_Runner):
-    def __init__(self, calls: list[Call], graph: bool) -> None:
-        copies = math.ceil(GRAPH_CALLS / len(calls)) if graph else 1
+    def __init__(self, calls: list[Call], graph: bool, graph_calls: int) -> None:
+        copies = math.ceil(graph_calls / len(calls)) if graph else 1
         super().__init__(calls * copies)
         self._graph = _capture(self.calls) if graph else None
         self.is_graph = self._graph is not None
@@ -304,7 +315,8 @@ def measure_ceiling(device: torch.device | str, *, quick: bool = False) -> dict[
 
     Returns:
         ``read_gb_per_s`` (float32 sum of a tensor far beyond the caches), ``update_gb_per_s`` (in-place
-        product: each byte read and written, both counted), ``fp32_gflop_per_s`` (square matrix product).
+        product: each byte read and written, both counted), ``copy_gb_per_s`` (from one tensor to another, both
+        counted), ``fp32_gflop_per_s`` (square matrix product).
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -315,11 +327,13 @@ def measure_ceiling(device: torch.device | str, *, quick: bool = False) -> dict[
         nbytes = 16 << 20 if quick else min(512 << 20, max(256 << 20, 4 * cache_bytes(device)))
         side = 256 if quick else 1536
     data = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(data)
     left, right = (torch.randn(side, side).to(device) for _ in range(2))
     out = torch.empty_like(left)
     calls: dict[str, list[Call]] = {
         "read": [data.sum],
         "update": [lambda: data.mul_(1.0)],
+        "copy": [lambda: target.copy_(data)],
         "product": [lambda: torch.mm(left, right, out=out)],
     }
     timings = time_interleaved(calls, device, repeats=3 if quick else 9, min_block_seconds=0.0, graph=False)
@@ -328,6 +342,7 @@ def measure_ceiling(device: torch.device | str, *, quick: bool = False) -> dict[
     return {
         "read_gb_per_s": moved / timings["read"].min / 1e9,
         "update_gb_per_s": 2 * moved / timings["update"].min / 1e9,
+        "copy_gb_per_s": 2 * moved / timings["copy"].min / 1e9,
         "fp32_gflop_per_s": 2 * side**3 / timings["product"].min / 1e9,
     }
 

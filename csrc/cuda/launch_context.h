@@ -9,6 +9,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 #include "checks.h"
@@ -62,6 +63,25 @@ inline int multiprocessors(const char* op, int32_t device) {
   return count;
 }
 
+// An attribute of a device, asked for once a device.
+template <cudaDeviceAttr kAttribute>
+int device_attribute(const char* op, int32_t device) {
+  constexpr int32_t kMaxDevices = 64;
+  static std::array<std::atomic<int>, kMaxDevices> cache = {};  // plus 1; 0 when not yet known
+  const bool cached = device >= 0 && device < kMaxDevices;
+  const int known = cached ? cache[static_cast<size_t>(device)].load(std::memory_order_relaxed) : 0;
+  if (known > 0) return known - 1;
+  int value = 0;
+  check_status(op, cudaDeviceGetAttribute(&value, kAttribute, device));
+  if (cached) cache[static_cast<size_t>(device)].store(value + 1, std::memory_order_relaxed);
+  return value;
+}
+
+// Shared memory that one block may use, in bytes.
+inline size_t shared_memory_limit(const char* op, int32_t device) {
+  return static_cast<size_t>(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(op, device));
+}
+
 // Makes the device of an operator's first tensor current for as long as it lives.
 class LaunchContext {
  public:
@@ -85,6 +105,19 @@ class LaunchContext {
   }
   cudaStream_t stream() const {
     return stream_;
+  }
+  // Major times 10 plus minor: 90 for an H200.
+  int compute_capability() const {
+    return 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>(op_, device_) +
+           device_attribute<cudaDevAttrComputeCapabilityMinor>(op_, device_);
+  }
+  // Whether a kernel may start before the one ahead of it in the stream has finished (compute capability 9.0
+  // and newer; see ptx/dependent_launch.cuh). BITNET_EXT_DEPENDENT_LAUNCH=0 turns it off, read at each call:
+  // to time a kernel by itself, or to find out whether an error comes from the overlap.
+  bool dependent_launch() const {
+    const char* setting = std::getenv("BITNET_EXT_DEPENDENT_LAUNCH");
+    const bool off = setting != nullptr && setting[0] == '0' && setting[1] == '\0';
+    return !off && compute_capability() >= 90;
   }
 
   // Throws when a launch failed.

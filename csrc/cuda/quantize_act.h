@@ -1,4 +1,4 @@
-// Activations to int8, a row at a time, with or without the RMS norm in front.
+// Activations to int8, a row at a time, with or without the RMS norm in front, and a residual in front of it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,6 +9,7 @@
 
 namespace bitnet_ext::cuda {
 
+// Fields that stay zero mean: without it.
 struct QuantizeActArgs {
   const void* x;  // [M, K] of `dtype`
   DType dtype;
@@ -18,7 +19,11 @@ struct QuantizeActArgs {
   int64_t M, K;
   int8_t* x_i8;      // [M, K]
   float* act_scale;  // [M]
-  float* rstd;       // [M], written only when normalize is set
+  float* rstd;       // [M] or null, written only when normalize is set
+  // With a residual the row is x + residual, rounded to `dtype`, and also written.
+  const void* residual;  // [M, K] of `dtype`, or null
+  void* sum;             // [M, K] of `dtype`
+  bool dependent_launch;
 };
 
 cudaError_t launch_quantize_act(const QuantizeActArgs& args, cudaStream_t stream);

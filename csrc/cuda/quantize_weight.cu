@@ -1,12 +1,18 @@
 // Absmean quantisation of a latent weight to {-1, 0, 1}.
 //
-//   s = max(mean |w|, 1e-5);   code = clamp(rint(w / s), -1, 1)       w [N, K] -> codes [N, K] or packed
-//   bytes
+//   s = max(mean |w|, 1e-5);   code = clamp(rint(w / s), -1, 1)       w [N, K] -> codes [N, K], packed bytes
+//                                                                    or prepacked blocks
 //
 // Two launches: fp64 partial sums over fixed runs of elements, then codes. Every block of the second launch
 // adds the (at most 1,024) partials itself, in one order, which costs 8 KB of L2 reads and saves a third
 // launch; no atomics, so the scale is the same bits every time. Bound by memory: the weight is read twice,
 // the second time partly from L2.
+//
+// Prepacked (csrc/prepacked.h): a warp makes one block of 16 x 128. The four values of a register lie in a
+// row of the matrix, so a lane loads 16 times four of them (fp32: 16 bytes, 8 rows x 64 bytes an instruction)
+// and stores one vector of 16 bytes, a warp 512 bytes in a row. These writes end with __threadfence(),
+// because a product launched as a dependent kernel may read the weights as soon as the blocks of this one
+// have ended.
 //
 // rint(w / s) = 1 exactly when w / s > 0.5 (a tie rounds to the even 0), and w > 0.5f * s is the same
 // condition in fp32 because halving is exact; so no division is needed. A NaN or Inf in the weight makes s
@@ -17,6 +23,7 @@
 #include "cuda/common/vec.cuh"
 #include "cuda/quantize_weight.h"
 #include "packing.h"
+#include "prepacked.h"
 
 namespace bitnet_ext::cuda {
 namespace {
@@ -24,6 +31,9 @@ namespace {
 constexpr int kThreads = RowTiling::kThreads;
 // Blocks of the second pass: enough to fill any GPU, few enough that adding up the partials stays small.
 constexpr uint32_t kMaxBlocks = 2048;
+constexpr uint32_t kWarps = kThreads / kLanes;
+// Lets the compiler keep all 16 loads of a lane in flight; otherwise it saves registers and waits for each.
+constexpr int kPrepackBlocksPerSm = 2;
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
@@ -51,6 +61,24 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
+// The scale from the partial sums, the same bits in every block, and half of it: the threshold of the codes.
+// Block 0 writes the scale.
+__device__ __forceinline__ float half_scale(
+    const double* partials, int num_partials, int64_t N, int64_t K, double* scratch, float* weight_scale) {
+  double sum = 0.0;
+  for (int i = threadIdx.x; i < num_partials; i += kThreads) sum += partials[i];
+  sum = block_sum<kThreads>(sum, scratch);
+  const float mean = static_cast<float>(sum / (static_cast<double>(N) * static_cast<double>(K)));
+  float scale = mean < 1e-5f ? 1e-5f : mean;               // keeps a NaN
+  if (isinf(scale)) scale = __uint_as_float(0x7fffffffu);  // a weight of Inf is an error too
+  if (blockIdx.x == 0 && threadIdx.x == 0) *weight_scale = scale;
+  return __fmul_rn(0.5f, scale);
+}
+
+__device__ __forceinline__ int code_of(float value, float half) {
+  return static_cast<int>(value > half) - static_cast<int>(value < -half);
+}
+
 // One unit is four weights: one packed byte, or four int8 codes.
 template <typename scalar_t, bool kPack>
 __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const scalar_t* __restrict__ weight,
@@ -61,14 +89,7 @@ __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const scalar_
                                                                    void* __restrict__ out,
                                                                    float* __restrict__ weight_scale) {
   __shared__ double scratch[kThreads / 32];
-  double sum = 0.0;
-  for (int i = threadIdx.x; i < num_partials; i += kThreads) sum += partials[i];
-  sum = block_sum<kThreads>(sum, scratch);
-  const float mean = static_cast<float>(sum / (static_cast<double>(tiling.rows) * static_cast<double>(K)));
-  float scale = mean < 1e-5f ? 1e-5f : mean;               // keeps a NaN
-  if (isinf(scale)) scale = __uint_as_float(0x7fffffffu);  // a weight of Inf is an error too
-  if (blockIdx.x == 0 && threadIdx.x == 0) *weight_scale = scale;
-  const float half = __fmul_rn(0.5f, scale);
+  const float half = half_scale(partials, num_partials, tiling.rows, K, scratch, weight_scale);
 
   constexpr unsigned kLoadBytes = 4 * sizeof(scalar_t);
   for (uint32_t tile = blockIdx.x; tile < tiling.num_tiles; tile += gridDim.x) {
@@ -81,9 +102,7 @@ __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const scalar_
     load_floats(weight + offset, valid, is_aligned(weight + offset, kLoadBytes), values);
     int codes[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      codes[i] = static_cast<int>(values[i] > half) - static_cast<int>(values[i] < -half);
-    }
+    for (int i = 0; i < 4; ++i) codes[i] = code_of(values[i], half);
     if constexpr (kPack) {
       // Places beyond K were read as 0 and become code 0, as the layout demands.
       const int byte = (codes[0] + 1) | (codes[1] + 1) << 2 | (codes[2] + 1) << 4 | (codes[3] + 1) << 6;
@@ -96,21 +115,102 @@ __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const scalar_
 }
 
 template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads, kPrepackBlocksPerSm)
+    quantize_prepack_kernel(const scalar_t* __restrict__ weight,
+                            int64_t N,
+                            int64_t K,
+                            uint32_t blocks_wide,
+                            uint32_t num_blocks,  // of the layout
+                            const double* __restrict__ partials,
+                            int num_partials,
+                            uint4* __restrict__ prepacked,
+                            float* __restrict__ weight_scale) {
+  __shared__ double scratch[kThreads / 32];
+  const float half = half_scale(partials, num_partials, N, K, scratch, weight_scale);
+
+  constexpr unsigned kLoadBytes = 4 * sizeof(scalar_t);
+  const int lane = threadIdx.x % kLanes;
+  const bool vectors = K % 4 == 0 && is_aligned(weight, kLoadBytes);
+  for (uint32_t block = blockIdx.x * kWarps + threadIdx.x / kLanes; block < num_blocks;
+       block += gridDim.x * kWarps) {
+    const int64_t first_row = static_cast<int64_t>(block / blocks_wide) * kBlockRows;
+    const int64_t first_col = static_cast<int64_t>(block % blocks_wide) * kBlockCols;
+    const auto load = [&](int step, int j, bool whole, float(&values)[4]) {
+      const int64_t row = first_row + lane / 4 + 8 * (j % 2);
+      const int64_t col = first_col + 32 * step + 16 * (j / 2) + lane % 4 * 4;
+      // Rows beyond N and columns beyond K are read as 0 and become code 0, as the layout demands.
+      load_floats(weight + row * K + col, whole ? 4 : row < N ? K - col : 0, whole, values);
+    };
+    // The pairs of register j, which has the top bits of each byte for j = 0.
+    const auto pairs = [&](int j, const float(&values)[4]) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        word |= (static_cast<uint32_t>(code_of(values[i], half)) & 3u) << (8 * i + 6 - 2 * j);
+      }
+      return word;
+    };
+    uint32_t words[kStepsPerBlock] = {};
+    if (vectors && first_row + kBlockRows <= N && first_col + kBlockCols <= K) {
+      // All loads before the first use: a small matrix waits for memory once, not once a step.
+      float values[kStepsPerBlock][4][4];
+#pragma unroll
+      for (int s = 0; s < kStepsPerBlock; ++s) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) load(s, j, true, values[s][j]);
+      }
+#pragma unroll
+      for (int s = 0; s < kStepsPerBlock; ++s) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words[s] |= pairs(j, values[s][j]);
+      }
+    } else {
+#pragma unroll
+      for (int s = 0; s < kStepsPerBlock; ++s) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float values[4];
+          load(s, j, false, values);
+          words[s] |= pairs(j, values);
+        }
+      }
+    }
+    prepacked[static_cast<int64_t>(block) * kLanes + lane] =
+        make_uint4(words[0], words[1], words[2], words[3]);
+  }
+  __threadfence();
+}
+
+template <typename scalar_t>
 cudaError_t launch(const QuantizeWeightArgs& args, cudaStream_t stream) {
   const scalar_t* weight = static_cast<const scalar_t*>(args.weight);
   const int64_t numel = args.N * args.K;
   const int64_t num_partials = absmean_partials(numel);
   const int64_t run = ceil_div(ceil_div(numel, num_partials), 8) * 8;
   const RowTiling tiling = make_row_tiling(args.N, packed_bytes(args.K));
-  if (tiling.num_tiles == 0) return cudaErrorInvalidConfiguration;
+  const int64_t num_blocks = block_rows(args.N) * block_cols(args.K);
+  if (tiling.num_tiles == 0 || num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
 
   absmean_partials_kernel<scalar_t>
       <<<static_cast<unsigned>(num_partials), kThreads, 0, stream>>>(weight, numel, run, args.partials);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) return status;
 
-  const unsigned blocks = tiling.num_tiles < kMaxBlocks ? tiling.num_tiles : kMaxBlocks;
-  if (args.packed != nullptr) {
+  const unsigned tiles =
+      args.prepacked != nullptr ? static_cast<unsigned>(ceil_div(num_blocks, kWarps)) : tiling.num_tiles;
+  const unsigned blocks = tiles < kMaxBlocks ? tiles : kMaxBlocks;
+  if (args.prepacked != nullptr) {
+    quantize_prepack_kernel<scalar_t>
+        <<<blocks, kThreads, 0, stream>>>(weight,
+                                          args.N,
+                                          args.K,
+                                          static_cast<uint32_t>(block_cols(args.K)),
+                                          static_cast<uint32_t>(num_blocks),
+                                          args.partials,
+                                          static_cast<int>(num_partials),
+                                          static_cast<uint4*>(args.prepacked),
+                                          args.weight_scale);
+  } else if (args.packed != nullptr) {
     quantize_weight_kernel<scalar_t, true><<<blocks, kThreads, 0, stream>>>(weight,
                                                                             tiling,
                                                                             args.K,

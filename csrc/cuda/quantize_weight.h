@@ -1,4 +1,4 @@
-// A latent weight to ternary codes, as int8 or packed, with the scale of the whole matrix.
+// A latent weight to ternary codes, as int8, packed or prepacked, with the scale of the whole matrix.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,9 +13,11 @@ struct QuantizeWeightArgs {
   const void* weight;  // [N, K] of `dtype`
   DType dtype;
   int64_t N, K;
-  double* partials;     // [absmean_partials(N * K)], workspace
-  int8_t* codes;        // [N, K], or null
-  uint8_t* packed;      // [N, ceil(K / 4)], or null; exactly one of the two is given
+  double* partials;  // [absmean_partials(N * K)], workspace
+  // Exactly one of the three is given, the others are null.
+  int8_t* codes;        // [N, K]
+  uint8_t* packed;      // [N, ceil(K / 4)]
+  void* prepacked;      // blocks of csrc/prepacked.h, 16-byte aligned
   float* weight_scale;  // []
 };
 

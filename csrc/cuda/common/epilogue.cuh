@@ -1,8 +1,9 @@
-// From int32 sums to outputs, the same for the GEMV and the GEMM.
+// From int32 sums to outputs, the same in every product kernel. Sums come in already divided by the factor of
+// the weights (kShift of common/weight.cuh).
 #pragma once
 
 #include "cuda/common/vec.cuh"
-#include "cuda/int8xint2.h"
+#include "cuda/product.h"
 
 namespace bitnet_ext::cuda {
 
@@ -12,7 +13,7 @@ struct ColumnFactors {
   float bias;
 };
 
-__device__ __forceinline__ ColumnFactors column_factors(const Int8xInt2Args& args, int64_t n) {
+__device__ __forceinline__ ColumnFactors column_factors(const ProductArgs& args, int64_t n) {
   ColumnFactors factors{1.0f, 0.0f};
   if (args.raw) return factors;
   int64_t index = n;
@@ -27,7 +28,7 @@ __device__ __forceinline__ ColumnFactors column_factors(const Int8xInt2Args& arg
 
 // Each operation is rounded by itself: the reference computes it that way, and a fused multiply-add would
 // not.
-__device__ __forceinline__ float scaled_output(const Int8xInt2Args& args,
+__device__ __forceinline__ float scaled_output(const ProductArgs& args,
                                                int acc,
                                                float act_scale,
                                                const ColumnFactors& factors) {
@@ -37,7 +38,7 @@ __device__ __forceinline__ float scaled_output(const Int8xInt2Args& args,
 
 // Writes out[m, n].
 __device__ __forceinline__ void store_output(
-    const Int8xInt2Args& args, int64_t m, int64_t n, int acc, float act_scale, const ColumnFactors& factors) {
+    const ProductArgs& args, int64_t m, int64_t n, int acc, float act_scale, const ColumnFactors& factors) {
   const int64_t offset = m * args.N + n;
   if (args.raw) {
     static_cast<int32_t*>(args.out)[offset] = acc;

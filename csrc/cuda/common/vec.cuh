@@ -104,7 +104,18 @@ __device__ __forceinline__ void store_floats(T* p, int64_t valid, bool aligned, 
   }
 }
 
-// The same for int8 values that already are in range.
+// The first `valid` of 16 bytes at any address, zero beyond.
+__device__ __forceinline__ uint4 load_bytes_16(const void* address, int64_t valid) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(address);
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (i < valid) words[i / 4] |= static_cast<uint32_t>(bytes[i]) << (8 * (i % 4));
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// store_floats for int8 values that already are in range.
 template <int N>
 __device__ __forceinline__ void store_int8(int8_t* p, int64_t valid, bool aligned, const int (&values)[N]) {
   using raw_t = typename RawBits<N>::type;

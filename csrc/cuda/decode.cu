@@ -1,0 +1,318 @@
+// y = x * W^T for few tokens (M <= 16): every weight is read once, and that, or for small layers the latency
+// of one read, is the bound. mma.sync m16n8k32, sm_80 and newer.
+//
+// Weights are operand A, 16 features x 32 columns, so up to 8 tokens cost what one does. A block of kWarps
+// warps computes groups of 16 * kRowTiles features and walks over every gridDim.x-th group; its warps split
+// K, warp w taking the 16 x 128 blocks w, w + kWarps, ... of a row tile. The sums of the warps meet in shared
+// memory once a group.
+//
+// What keeps the memory busy is a ring of kDepth items a warp in shared memory. A lane copies by cp.async
+// exactly the 16 bytes that it will read itself, so the ring needs neither barriers nor registers, and runs
+// ahead over the ends of groups: while one group is being summed up, the loads of the next are under way. A
+// small layer has all its loads in flight at once.
+//
+// Tokens are staged in shared memory once a block, rows padded by 16 bytes so that ldmatrix meets no bank
+// twice. Columns of B beyond M repeat the last token and are never stored. K beyond the end needs no care:
+// the layout holds zero weights there, and whatever x is multiplied with zero.
+#include <type_traits>
+
+#include "cuda/common/epilogue.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/weight.cuh"
+#include "cuda/decode.h"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/mma.cuh"
+
+namespace bitnet_ext::cuda {
+namespace {
+
+constexpr int kPadding = 16;  // bytes between the rows of x in shared memory
+constexpr int kSumPadding =
+    4;  // ints between the tokens of the partial sums: their stores meet no bank twice
+
+template <typename Weight_, int kTokenTiles_, int kRowTiles_, int kDepth_>
+struct DecodeTraits {
+  using Weight = Weight_;
+  static constexpr int kTokenTiles = kTokenTiles_, kRowTiles = kRowTiles_, kDepth = kDepth_;
+  static constexpr int kVectors = kRowTiles * Weight::kVectors;  // 16-byte vectors a lane has in an item
+  static constexpr int kRows = kRowTiles * kBlockRows;
+  static constexpr int kSumStride = kRows + kSumPadding;
+};
+
+__host__ __device__ constexpr int64_t row_stride(int64_t K) {
+  return block_cols(K) * kBlockCols + kPadding;
+}
+
+// Where a warp is in its sequence of items (group, block of K).
+template <typename Traits>
+struct WeightCursor {
+  const uint4* group;  // this warp's first vector of the group
+  const uint4* next;
+  int64_t tiles_left;  // row tiles from the group's first to the end; <= 0 beyond the last group
+  int kb;
+
+  __device__ __forceinline__ WeightCursor(const ProductArgs& args, int warp, int lane, int num_kb)
+      : tiles_left(block_rows(args.N) - static_cast<int64_t>(blockIdx.x) * Traits::kRowTiles), kb(warp) {
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * Traits::kRowTiles * num_kb + warp;
+    group = static_cast<const uint4*>(args.weight) + first * Traits::Weight::kVectors * kLanes + lane;
+    next = group;
+  }
+
+  // Copies the item into this lane's places of a ring slot, `step` vectors apart, and moves on.
+  __device__ __forceinline__ void fetch(uint4* slot, int step, int num_kb, int warp, int num_warps) {
+    constexpr int kItem = Traits::Weight::kVectors * kLanes;
+    if (tiles_left > 0) {
+#pragma unroll
+      for (int r = 0; r < Traits::kRowTiles; ++r) {
+        // Row tiles beyond the last repeat it: a full group needs no branches later.
+        const int64_t tile = r < tiles_left ? r : tiles_left - 1;
+        const uint4* source = next + tile * num_kb * kItem;
+#pragma unroll
+        for (int v = 0; v < Traits::Weight::kVectors; ++v) {
+          cp_async_16(slot + (r * Traits::Weight::kVectors + v) * step, source + v * kLanes, true);
+        }
+      }
+    }
+    cp_async_commit();  // an empty group when there is nothing left, so that groups count items
+    kb += num_warps;
+    next += num_warps * kItem;
+    if (kb >= num_kb) {
+      kb = warp;
+      group += static_cast<int64_t>(gridDim.x) * Traits::kRowTiles * num_kb * kItem;
+      next = group;
+      tiles_left -= static_cast<int64_t>(gridDim.x) * Traits::kRowTiles;
+    }
+  }
+};
+
+// x [M, K] -> shared memory, by all threads.
+__device__ __forceinline__ void stage_tokens(const ProductArgs& args, uint8_t* x_shared, bool x_aligned) {
+  const int num_threads = static_cast<int>(blockDim.x);
+  const int pieces = static_cast<int>((args.K + 15) / 16);  // of a row
+  const int stride = static_cast<int>(row_stride(args.K));
+  int m = static_cast<int>(threadIdx.x) / pieces;
+  int piece = static_cast<int>(threadIdx.x) % pieces;
+  const int tokens = static_cast<int>(args.M);
+  constexpr int kBatch = 4;  // loads in flight a thread
+  while (m < tokens) {
+    uint4 values[kBatch];
+    int offsets[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      offsets[i] = m < tokens ? m * stride + piece * 16 : -1;
+      if (m < tokens) {
+        const int64_t k = static_cast<int64_t>(piece) * 16;
+        const int8_t* address = args.x_i8 + m * args.K + k;
+        values[i] = x_aligned ? *reinterpret_cast<const uint4*>(address) : load_bytes_16(address, args.K - k);
+      }
+      piece += num_threads;
+      while (piece >= pieces) {
+        piece -= pieces;
+        ++m;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (offsets[i] >= 0) *reinterpret_cast<uint4*>(x_shared + offsets[i]) = values[i];
+    }
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(kDecodeMaxWarps * 32)
+    decode_kernel(const __grid_constant__ ProductArgs args, bool x_aligned) {
+  using Weight = typename Traits::Weight;
+  constexpr int kTokenTiles = Traits::kTokenTiles, kRowTiles = Traits::kRowTiles, kDepth = Traits::kDepth;
+  extern __shared__ __align__(128) uint8_t shared[];
+
+  const int num_threads = static_cast<int>(blockDim.x);
+  const int num_warps = num_threads / 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_kb = static_cast<int>(block_cols(args.K));
+  const int tokens = static_cast<int>(args.M);
+  const int64_t num_groups = (block_rows(args.N) + kRowTiles - 1) / kRowTiles;
+
+  uint4* ring = reinterpret_cast<uint4*>(shared) + threadIdx.x;  // [kDepth][kVectors][num_threads]
+  uint8_t* x_shared = shared + sizeof(uint4) * kDepth * Traits::kVectors * num_threads;
+  int* sums = reinterpret_cast<int*>(x_shared + tokens * row_stride(args.K));  // [2][warps][M][kSumStride]
+  const int slot_step = Traits::kVectors * num_threads;
+
+  if (!args.weight_is_constant) wait_for_previous_kernel();
+  WeightCursor<Traits> cursor(args, warp, lane, num_kb);
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) cursor.fetch(ring + d * slot_step, num_threads, num_kb, warp, num_warps);
+  if (args.weight_is_constant) wait_for_previous_kernel();
+  allow_next_kernel();
+  stage_tokens(args, x_shared, x_aligned);
+  __syncthreads();
+
+  // ldmatrix: lanes 8 i .. 8 i + 7 name the rows (tokens) of matrix i, 16 bytes of K each
+  const uint8_t* x_rows[kTokenTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTokenTiles; ++tile) {
+    const int token = min(tile * 8 + lane % 8, tokens - 1);
+    x_rows[tile] = x_shared + token * row_stride(args.K) + lane / 8 * 16;
+  }
+
+  int slot = 0;
+  int buffer = 0;
+  for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
+    // What the epilogue of this thread needs, asked for now
+    const int first_output = static_cast<int>(threadIdx.x);
+    const int outputs = tokens * Traits::kRows;
+    float act_scale = 1.0f;
+    ColumnFactors factors{1.0f, 0.0f};
+    {
+      const int64_t n = group * Traits::kRows + first_output % Traits::kRows;
+      if (first_output < outputs && n < args.N && !args.raw) {
+        factors = column_factors(args, n);
+        act_scale = args.act_scale[first_output / Traits::kRows];
+      }
+    }
+
+    int acc[kRowTiles][kTokenTiles][4] = {};
+    for (int kb = warp; kb < num_kb; kb += num_warps) {
+      cp_async_wait<kDepth - 1>();
+      uint4 weights[kRowTiles][Weight::kVectors];
+      uint4* place = ring + slot * slot_step;
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int v = 0; v < Weight::kVectors; ++v) {
+          weights[r][v] = place[(r * Weight::kVectors + v) * num_threads];
+        }
+      }
+      const auto multiply = [&](auto pair) {
+        constexpr int kPair = decltype(pair)::value;
+        uint32_t b[kTokenTiles][4];
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+          ldmatrix_x4(b[tile], x_rows[tile] + kb * kBlockCols + kPair * 64);
+        }
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          uint32_t a[4];
+          Weight::template fragment<2 * kPair>(weights[r], a);
+#pragma unroll
+          for (int tile = 0; tile < kTokenTiles; ++tile) {
+            mma_m16n8k32_s8(acc[r][tile], a[0], a[1], a[2], a[3], b[tile][0], b[tile][1]);
+          }
+          Weight::template fragment<2 * kPair + 1>(weights[r], a);
+#pragma unroll
+          for (int tile = 0; tile < kTokenTiles; ++tile) {
+            mma_m16n8k32_s8(acc[r][tile], a[0], a[1], a[2], a[3], b[tile][2], b[tile][3]);
+          }
+        }
+      };
+      multiply(std::integral_constant<int, 0>{});
+      multiply(std::integral_constant<int, 1>{});
+      cursor.fetch(place, num_threads, num_kb, warp, num_warps);
+      slot = slot + 1 == kDepth ? 0 : slot + 1;
+    }
+
+    // The sums of the warps
+    int* mine = sums + (buffer * num_warps + warp) * tokens * Traits::kSumStride;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int tile = 0; tile < kTokenTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = tile * 8 + lane % 4 * 2 + i % 2;
+          const int row = r * kBlockRows + lane / 4 + i / 2 * 8;
+          if (token < tokens) mine[token * Traits::kSumStride + row] = acc[r][tile][i];
+        }
+      }
+    }
+    __syncthreads();
+    const int* all = sums + buffer * num_warps * tokens * Traits::kSumStride;
+    for (int output = first_output; output < outputs; output += num_threads) {
+      const int token = output / Traits::kRows, row = output % Traits::kRows;
+      const int64_t n = group * Traits::kRows + row;
+      if (n >= args.N) continue;
+      int sum = 0;
+#pragma unroll 4
+      for (int w = 0; w < num_warps; ++w) sum += all[(w * tokens + token) * Traits::kSumStride + row];
+      if (output != first_output && !args.raw) {
+        factors = column_factors(args, n);
+        act_scale = args.act_scale[token];
+      }
+      store_output(args, token, n, sum >> Weight::kShift, act_scale, factors);
+    }
+    buffer ^= 1;  // the next group's sums go elsewhere, so one barrier a group is enough
+  }
+}
+
+template <typename Traits>
+cudaError_t launch(const ProductArgs& args, const DecodePlan& plan, cudaStream_t stream) {
+  const int threads = plan.warps * 32;
+  if (plan.warps > kDecodeMaxWarps) return cudaErrorInvalidConfiguration;
+  const auto kernel = decode_kernel<Traits>;
+  if (plan.shared_bytes > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
+  const bool x_aligned = args.K % 16 == 0 && reinterpret_cast<uintptr_t>(args.x_i8) % 16 == 0;
+  return launch_kernel(kernel,
+                       dim3(plan.blocks),
+                       dim3(static_cast<unsigned>(threads)),
+                       plan.shared_bytes,
+                       stream,
+                       args.dependent_launch,
+                       args,
+                       x_aligned);
+}
+
+template <typename Weight, int kTokenTiles, int kRowTiles>
+cudaError_t launch_depth(const ProductArgs& args, const DecodePlan& plan, cudaStream_t stream) {
+  switch (plan.depth) {
+    case 2:
+      return launch<DecodeTraits<Weight, kTokenTiles, kRowTiles, 2>>(args, plan, stream);
+    case 4:
+      return launch<DecodeTraits<Weight, kTokenTiles, kRowTiles, 4>>(args, plan, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <typename Weight, int kTokenTiles>
+cudaError_t launch_rows(const ProductArgs& args, const DecodePlan& plan, cudaStream_t stream) {
+  switch (plan.row_tiles) {
+    case 1:
+      return launch_depth<Weight, kTokenTiles, 1>(args, plan, stream);
+    case 2:
+      return launch_depth<Weight, kTokenTiles, 2>(args, plan, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <typename Weight>
+cudaError_t launch_tokens(const ProductArgs& args, const DecodePlan& plan, cudaStream_t stream) {
+  if (args.M <= 8) return launch_rows<Weight, 1>(args, plan, stream);
+  if (args.M <= 16) return launch_rows<Weight, 2>(args, plan, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+size_t decode_shared_bytes(
+    WeightKind kind, int64_t M, int64_t K, int warps, int row_tiles, int depth, bool walks) {
+  const int vectors =
+      row_tiles * (kind == WeightKind::kTernary ? TernaryWeight::kVectors : Int8Weight::kVectors);
+  const int64_t ring = int64_t{16} * depth * vectors * warps * 32;
+  const int64_t x = M * row_stride(K);
+  const int64_t sums = int64_t{4} * (walks ? 2 : 1) * warps * M * (row_tiles * kBlockRows + kSumPadding);
+  return static_cast<size_t>(ring + x + sums);
+}
+
+cudaError_t launch_decode(const ProductArgs& args, const DecodePlan& plan, cudaStream_t stream) {
+  if (args.M == 0) return cudaSuccess;
+  if (is_ternary(args)) return launch_tokens<TernaryWeight>(args, plan, stream);
+  return launch_tokens<Int8Weight>(args, plan, stream);
+}
+
+}  // namespace bitnet_ext::cuda
