@@ -27,7 +27,8 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def("prepack_int8(Tensor codes) -> Tensor");
   m.def("dequantize_ternary(Tensor packed, Tensor weight_scale, int K, ScalarType dtype) -> Tensor");
   m.def(
-      "dequantize_prepacked(Tensor prepacked, Tensor weight_scale, int N, int K, ScalarType dtype) -> Tensor");
+      "dequantize_prepacked(Tensor prepacked, Tensor weight_scale, int N, int K, ScalarType dtype) -> "
+      "Tensor");
   m.def("dequantize_act(Tensor x_i8, Tensor act_scale, ScalarType dtype) -> Tensor");
   // --- products ---
   m.def("int8xint2_mm_int32(Tensor x_i8, Tensor packed) -> Tensor");

@@ -24,6 +24,7 @@
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 
 namespace bitnet_ext::cuda {
 namespace {
@@ -53,15 +54,17 @@ struct WeightCursor {
   int64_t tiles_left;  // row tiles from the group's first to the end; <= 0 beyond the last group
   int kb;
 
-  __device__ __forceinline__ WeightCursor(const ProductArgs& args, int warp, int lane, int num_kb)
-      : tiles_left(block_rows(args.N) - static_cast<int64_t>(blockIdx.x) * Traits::kRowTiles), kb(warp) {
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * Traits::kRowTiles * num_kb + warp;
+  __device__ __forceinline__
+  WeightCursor(const ProductArgs& args, int64_t team, int member, int lane, int num_kb)
+      : tiles_left(block_rows(args.N) - team * Traits::kRowTiles), kb(member) {
+    const int64_t first = team * Traits::kRowTiles * num_kb + member;
     group = static_cast<const uint4*>(args.weight) + first * Traits::Weight::kVectors * kLanes + lane;
     next = group;
   }
 
   // Copies the item into this lane's places of a ring slot, `step` vectors apart, and moves on.
-  __device__ __forceinline__ void fetch(uint4* slot, int step, int num_kb, int warp, int num_warps) {
+  __device__ __forceinline__ void fetch(
+      uint4* slot, int step, int num_kb, int member, int splits, int num_teams) {
     constexpr int kItem = Traits::Weight::kVectors * kLanes;
     if (tiles_left > 0) {
 #pragma unroll
@@ -76,13 +79,13 @@ struct WeightCursor {
       }
     }
     cp_async_commit();  // an empty group when there is nothing left, so that groups count items
-    kb += num_warps;
-    next += num_warps * kItem;
+    kb += splits;
+    next += splits * kItem;
     if (kb >= num_kb) {
-      kb = warp;
-      group += static_cast<int64_t>(gridDim.x) * Traits::kRowTiles * num_kb * kItem;
+      kb = member;
+      group += static_cast<int64_t>(num_teams) * Traits::kRowTiles * num_kb * kItem;
       next = group;
-      tiles_left -= static_cast<int64_t>(gridDim.x) * Traits::kRowTiles;
+      tiles_left -= static_cast<int64_t>(num_teams) * Traits::kRowTiles;
     }
   }
 };
@@ -122,7 +125,7 @@ __device__ __forceinline__ void stage_tokens(const ProductArgs& args, uint8_t* x
 
 template <typename Traits>
 __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
-    decode_kernel(const __grid_constant__ ProductArgs args, bool x_aligned) {
+    decode_kernel(const __grid_constant__ ProductArgs args, int splits, bool x_aligned) {
   using Weight = typename Traits::Weight;
   constexpr int kTokenTiles = Traits::kTokenTiles, kRowTiles = Traits::kRowTiles, kDepth = Traits::kDepth;
   extern __shared__ __align__(128) uint8_t shared[];
@@ -133,6 +136,9 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
   const int num_kb = static_cast<int>(block_cols(args.K));
   const int tokens = static_cast<int>(args.M);
   const int64_t num_groups = (block_rows(args.N) + kRowTiles - 1) / kRowTiles;
+  const int team_of_block = warp / splits, member = warp % splits, teams_per_block = num_warps / splits;
+  const int num_teams = static_cast<int>(gridDim.x) * teams_per_block;
+  const int team = static_cast<int>(blockIdx.x) * teams_per_block + team_of_block;
 
   uint4* ring = reinterpret_cast<uint4*>(shared) + threadIdx.x;  // [kDepth][kVectors][num_threads]
   uint8_t* x_shared = shared + sizeof(uint4) * kDepth * Traits::kVectors * num_threads;
@@ -140,11 +146,12 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
   const int slot_step = Traits::kVectors * num_threads;
 
   if (!args.weight_is_constant) wait_for_previous_kernel();
-  WeightCursor<Traits> cursor(args, warp, lane, num_kb);
+  WeightCursor<Traits> cursor(args, team, member, lane, num_kb);
 #pragma unroll
-  for (int d = 0; d < kDepth; ++d) cursor.fetch(ring + d * slot_step, num_threads, num_kb, warp, num_warps);
+  for (int d = 0; d < kDepth; ++d) {
+    cursor.fetch(ring + d * slot_step, num_threads, num_kb, member, splits, num_teams);
+  }
   if (args.weight_is_constant) wait_for_previous_kernel();
-  allow_next_kernel();
   stage_tokens(args, x_shared, x_aligned);
   __syncthreads();
 
@@ -158,9 +165,13 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
 
   int slot = 0;
   int buffer = 0;
-  for (int64_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
+  const int team_threads = splits * 32;
+  const int first_output = static_cast<int>(threadIdx.x) - team_of_block * team_threads;
+  for (int64_t group = team; group < num_groups; group += num_teams) {
+    // Not earlier: blocks of the next kernel would take places on some multiprocessors and not on others
+    // while this one still streams, and its own share would start late there.
+    if (group + num_teams >= num_groups) allow_next_kernel();
     // What the epilogue of this thread needs, asked for now
-    const int first_output = static_cast<int>(threadIdx.x);
     const int outputs = tokens * Traits::kRows;
     float act_scale = 1.0f;
     ColumnFactors factors{1.0f, 0.0f};
@@ -173,7 +184,7 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
     }
 
     int acc[kRowTiles][kTokenTiles][4] = {};
-    for (int kb = warp; kb < num_kb; kb += num_warps) {
+    for (int kb = member; kb < num_kb; kb += splits) {
       cp_async_wait<kDepth - 1>();
       uint4 weights[kRowTiles][Weight::kVectors];
       uint4* place = ring + slot * slot_step;
@@ -208,11 +219,11 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
       };
       multiply(std::integral_constant<int, 0>{});
       multiply(std::integral_constant<int, 1>{});
-      cursor.fetch(place, num_threads, num_kb, warp, num_warps);
+      cursor.fetch(place, num_threads, num_kb, member, splits, num_teams);
       slot = slot + 1 == kDepth ? 0 : slot + 1;
     }
 
-    // The sums of the warps
+    // The sums of the team's warps
     int* mine = sums + (buffer * num_warps + warp) * tokens * Traits::kSumStride;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
@@ -226,15 +237,15 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
         }
       }
     }
-    __syncthreads();
-    const int* all = sums + buffer * num_warps * tokens * Traits::kSumStride;
-    for (int output = first_output; output < outputs; output += num_threads) {
+    named_barrier_sync(1 + team_of_block, team_threads);
+    const int* all = sums + (buffer * num_warps + team_of_block * splits) * tokens * Traits::kSumStride;
+    for (int output = first_output; output < outputs; output += team_threads) {
       const int token = output / Traits::kRows, row = output % Traits::kRows;
       const int64_t n = group * Traits::kRows + row;
       if (n >= args.N) continue;
       int sum = 0;
 #pragma unroll 4
-      for (int w = 0; w < num_warps; ++w) sum += all[(w * tokens + token) * Traits::kSumStride + row];
+      for (int w = 0; w < splits; ++w) sum += all[(w * tokens + token) * Traits::kSumStride + row];
       if (output != first_output && !args.raw) {
         factors = column_factors(args, n);
         act_scale = args.act_scale[token];
@@ -248,7 +259,10 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
 template <typename Traits>
 cudaError_t launch(const ProductArgs& args, const DecodePlan& plan, cudaStream_t stream) {
   const int threads = plan.warps * 32;
-  if (plan.warps > kDecodeMaxWarps) return cudaErrorInvalidConfiguration;
+  if (plan.warps > kDecodeMaxWarps || plan.splits < 1 || plan.warps % plan.splits != 0 ||
+      plan.warps / plan.splits > kDecodeMaxTeams) {
+    return cudaErrorInvalidConfiguration;
+  }
   const auto kernel = decode_kernel<Traits>;
   if (plan.shared_bytes > 48 * 1024) {
     const cudaError_t status = cudaFuncSetAttribute(
@@ -263,6 +277,7 @@ cudaError_t launch(const ProductArgs& args, const DecodePlan& plan, cudaStream_t
                        stream,
                        args.dependent_launch,
                        args,
+                       plan.splits,
                        x_aligned);
 }
 
@@ -280,14 +295,11 @@ cudaError_t launch_depth(const ProductArgs& args, const DecodePlan& plan, cudaSt
 
 template <typename Weight, int kTokenTiles>
 cudaError_t launch_rows(const ProductArgs& args, const DecodePlan& plan, cudaStream_t stream) {
-  switch (plan.row_tiles) {
-    case 1:
-      return launch_depth<Weight, kTokenTiles, 1>(args, plan, stream);
-    case 2:
-      return launch_depth<Weight, kTokenTiles, 2>(args, plan, stream);
-    default:
-      return cudaErrorInvalidValue;
+  if (plan.row_tiles == 1) return launch_depth<Weight, kTokenTiles, 1>(args, plan, stream);
+  if constexpr (Weight::kVectors == 1) {  // int8 weights would need more registers than there are
+    if (plan.row_tiles == 2) return launch_depth<Weight, kTokenTiles, 2>(args, plan, stream);
   }
+  return cudaErrorInvalidValue;
 }
 
 template <typename Weight>

@@ -8,12 +8,15 @@ namespace bitnet_ext::cuda {
 constexpr int kDecodeMaxTokens = 16;
 constexpr int kDecodeMaxWarps = 20;  // more would leave a thread fewer registers than it needs
 
+constexpr int kDecodeMaxTeams = 5;
+
 // How a decode launch divides the work; chosen by decode_plan (heuristics.h).
 struct DecodePlan {
-  int warps;        // of a block, over which K is split: 1 .. kDecodeMaxWarps
+  int warps;        // of a block: 1 .. kDecodeMaxWarps, a multiple of splits
+  int splits;       // warps of a team, over which K is split; a block has at most kDecodeMaxTeams teams
   int row_tiles;    // of 16 features that a warp works on at a time: 1 or 2
   int depth;        // 16 x 128 blocks (times row_tiles) a warp has in flight: 2 or 4
-  uint32_t blocks;  // each walks over every blocks-th group of row_tiles
+  uint32_t blocks;  // teams walk over every (number of teams)-th group of row_tiles
   size_t shared_bytes;
 };
 

@@ -39,34 +39,45 @@ inline GemvPlan gemv_plan(int64_t N, int64_t K, WeightKind kind, int num_sms) {
   return plan;
 }
 
-// 2 .. 16 tokens, or one with a large weight. x and the ring share a multiprocessor's memory: blocks == 0
-// says that they do not fit.
+// 2 .. 16 tokens, or one with a large weight: teams for as many groups as there are, because fewer warps a
+// team mean fewer partial sums, in one block a multiprocessor or, where x is small, in two, whose barriers
+// and ends do not coincide. x and the ring share a multiprocessor's memory: blocks == 0 says that they do not
+// fit.
 inline DecodePlan decode_plan(
     int64_t M, int64_t N, int64_t K, WeightKind kind, int num_sms, size_t shared_limit) {
   const int64_t num_kb = block_cols(K), tiles = block_rows(N);
   const bool ternary = kind == WeightKind::kTernary;
+  // Two row tiles a warp share each read of the tokens. That needs many of them.
+  const bool pair_tiles = ternary && (M > 8 || M <= 4 || tiles >= 10 * num_sms) && tiles >= 5 * num_sms;
   for (const int row_tiles : {2, 1}) {
-    for (const int most_warps : {20, 16, 10, 8, 4}) {
-      DecodePlan plan = {};
-      plan.row_tiles = ternary ? row_tiles : 1;
-      const int64_t groups = divide_up(tiles, plan.row_tiles);
-      // Many groups: small blocks, so that two or more share a multiprocessor and hide each other's
-      // reductions.
-      const int64_t wanted = groups > 2 * num_sms ? std::min<int64_t>(most_warps, 10) : most_warps;
-      const int64_t passes = divide_up(num_kb, wanted);
-      plan.warps = static_cast<int>(std::max<int64_t>(divide_up(num_kb, passes), plan.row_tiles));
-      plan.depth = ternary && passes > 2 ? 4 : 2;
-      const int64_t per_sm = std::max<int64_t>(1, 24 / plan.warps);
-      const int64_t blocks = std::min(groups, num_sms * per_sm);
-      plan.blocks = static_cast<uint32_t>(blocks);
-      plan.shared_bytes =
-          decode_shared_bytes(kind, M, K, plan.warps, plan.row_tiles, plan.depth, blocks < groups);
-      if (plan.shared_bytes <= shared_limit / static_cast<size_t>(groups > num_sms ? per_sm : 1)) return plan;
-      if (plan.shared_bytes <= shared_limit) {
-        plan.blocks = static_cast<uint32_t>(std::min<int64_t>(groups, num_sms));
-        plan.shared_bytes =
-            decode_shared_bytes(kind, M, K, plan.warps, plan.row_tiles, plan.depth, plan.blocks < groups);
-        if (plan.shared_bytes <= shared_limit) return plan;
+    if (row_tiles == 2 && !pair_tiles) continue;
+    const int64_t groups = divide_up(tiles, row_tiles);
+    for (const int64_t per_sm : {2, 1}) {
+      if (per_sm == 2 && !(row_tiles == 2 && M <= 4)) continue;
+      const int64_t slots = per_sm * num_sms;
+      const int64_t most_teams = std::min<int64_t>(kDecodeMaxTeams / per_sm, divide_up(groups, slots));
+      // Groups of the busiest multiprocessor, which decides; as many teams as stay near the fewest.
+      const auto busiest = [&](int64_t teams) { return divide_up(groups, teams * slots) * teams; };
+      int64_t fewest = busiest(1);
+      for (int64_t teams = 2; teams <= most_teams; ++teams) fewest = std::min(fewest, busiest(teams));
+      for (int64_t teams = most_teams; teams >= per_sm; --teams) {
+        if (busiest(teams) * 5 > fewest * 6 && teams > 1) continue;
+        for (const int depth : {4, 2}) {
+          DecodePlan plan = {};
+          // As many warps a team as the registers leave, without a last pass over K for some of them only.
+          const int64_t passes = divide_up(num_kb, kDecodeMaxWarps / per_sm / teams);
+          if (depth == 4 && ternary && (passes < 4 || (row_tiles == 2 && M > 8))) continue;
+          plan.splits = static_cast<int>(divide_up(num_kb, passes));
+          plan.warps = static_cast<int>(teams) * plan.splits;
+          plan.row_tiles = row_tiles;
+          plan.depth = depth;
+          const int64_t blocks = std::min(slots, divide_up(groups, teams));
+          plan.blocks = static_cast<uint32_t>(blocks);
+          plan.shared_bytes =
+              decode_shared_bytes(kind, M, K, plan.warps, row_tiles, depth, blocks * teams < groups);
+          constexpr size_t kReserved = 1024;  // of the system, for each block
+          if (plan.shared_bytes * static_cast<size_t>(per_sm) <= shared_limit - kReserved) return plan;
+        }
       }
     }
   }
@@ -79,14 +90,14 @@ inline Sm90Plan sm90_plan(int64_t M, int64_t N, int64_t K, WeightKind kind, int 
   struct Candidate {
     int features, tokens;
     double stage_us;  // with every multiprocessor busy
-    double split_us;  // of collecting partial tiles
+    double split_us;  // of exchanging partial tiles
   };
-  constexpr Candidate kCandidates[] = {{256, 128, 1.38, 9.0},
-                                       {128, 128, 0.70, 5.0},
-                                       {256, 64, 0.84, 5.5},
-                                       {128, 64, 0.51, 4.0},
-                                       {128, 32, 0.42, 3.0},
-                                       {128, 16, 0.36, 2.5}};
+  constexpr Candidate kCandidates[] = {{256, 128, 1.39, 20.0},
+                                       {128, 128, 0.73, 6.4},
+                                       {256, 64, 0.84, 6.0},
+                                       {128, 64, 0.51, 3.8},
+                                       {128, 32, 0.42, 3.5},
+                                       {128, 16, 0.36, 3.5}};
   const int64_t stages = divide_up(K, 256);
   Sm90Plan best = {};
   double best_us = 0.0;
@@ -94,30 +105,47 @@ inline Sm90Plan sm90_plan(int64_t M, int64_t N, int64_t K, WeightKind kind, int 
     if (kind == WeightKind::kInt8 && c.features * c.tokens > 128 * 128) continue;
     if (c.tokens > 16 && c.tokens >= 2 * M) continue;
     const int64_t tiles = divide_up(N, c.features) * divide_up(M, c.tokens);
-    const int64_t per_sm = sm90_blocks_per_sm(c.tokens);
-    const auto consider = [&](int64_t blocks, int64_t split_tiles, double us) {
+    const int64_t slots = int64_t{num_sms} * sm90_blocks_per_sm(c.tokens);
+    const auto consider = [&](int64_t blocks, int64_t split_tiles, double rounds_of_stages, double extra_us) {
+      // Two narrow blocks on one multiprocessor slow each other down.
+      const double us = rounds_of_stages * c.stage_us * (blocks > num_sms ? 1.5 : 1.0) + extra_us;
       if (best.blocks != 0 && us >= best_us) return;
-      best = {c.features, c.tokens, static_cast<uint32_t>(blocks), split_tiles};
+      best = {c.features, c.tokens, static_cast<uint32_t>(blocks), split_tiles, us};
       best_us = us;
     };
-    // Two narrow blocks on one multiprocessor slow each other down by about half.
-    const auto stage_us = [&](int64_t blocks) { return c.stage_us * (blocks > num_sms ? 1.5 : 1.0); };
-    const int64_t slots = num_sms * per_sm;
-    const int64_t blocks = std::min(tiles, slots);
-    const int64_t rounds = divide_up(tiles, blocks);
-    consider(blocks, 0, static_cast<double>(rounds * stages) * stage_us(blocks));
-    if (tiles % slots == 0) continue;
-    // The tiles of the last, partly filled round are split, and those of the round before it where there is
-    // one, so that every share is at least a tile long.
-    const int64_t split = tiles > slots ? tiles % slots + slots : tiles;
-    for (const int64_t shares : {slots, int64_t{num_sms}}) {
-      if (split * stages < 2 * shares || (tiles > slots && shares != slots)) continue;
-      const double whole = static_cast<double>((tiles - split) / shares * stages);
-      const double shared = static_cast<double>(split * stages) / static_cast<double>(shares);
-      consider(shares, split, (whole + shared) * stage_us(shares) + c.split_us);
+    const int64_t rounds = divide_up(tiles, slots);
+    consider(divide_up(tiles, rounds), 0, static_cast<double>(rounds * stages), 0.0);
+    if (rounds > 1) {
+      // The tiles of the last, partly filled round and of the round before it, in shares of more than a tile.
+      if (tiles % slots == 0) continue;
+      const int64_t split = tiles % slots + slots;
+      const double whole = static_cast<double>((tiles - split) / slots * stages);
+      consider(
+          slots, split, whole + static_cast<double>(split * stages) / static_cast<double>(slots), c.split_us);
+      continue;
+    }
+    // Less than a round: each tile in equal parts, which end at the same time.
+    for (int64_t parts = 2; parts * tiles <= num_sms && 2 * parts <= stages; ++parts) {
+      constexpr double kPartUs = 0.15;
+      const double exchange_us = c.split_us + kPartUs * static_cast<double>(parts);
+      consider(parts * tiles, tiles, static_cast<double>(divide_up(stages, parts)), exchange_us);
     }
   }
   return best;
+}
+
+// Whether the mma.sync GEMM is the better one on Hopper: for few tokens and a grid of one round its blocks,
+// which split K over their warps, are done sooner. wgmma takes as long for 16 tokens as for 128 when the
+// weights come from registers.
+inline bool prefers_sm80_gemm(int64_t M, int64_t N, int64_t K, WeightKind kind, int num_sms) {
+  if (M > 128) return false;
+  const GemmTile tile = sm80_gemm_tile(M, N, num_sms);
+  const int64_t area = int64_t{tile_features(tile)} * tile_tokens(tile);
+  if (area > 64 * 64) return false;
+  if (divide_up(N, tile_features(tile)) * divide_up(M, tile_tokens(tile)) > num_sms) return false;
+  const double us_of_512 = area <= 32 * 32 ? 0.46 : area <= 64 * 32 ? 0.65 : 0.9;
+  constexpr double kSm90StartUs = 0.9;  // more than the other's
+  return us_of_512 * static_cast<double>(K) / 512.0 < sm90_plan(M, N, K, kind, num_sms).us + kSm90StartUs;
 }
 
 // The kernel for a product. `sm90`: the device and this build have wgmma, and the copy engine can read x.
@@ -126,16 +154,14 @@ inline ProductKernel product_kernel(
   const int64_t block_bytes = kind == WeightKind::kTernary ? kTernaryBlockBytes : kInt8BlockBytes;
   // Beyond this a weight is read for longer than its latencies take, and the deeper queue of the decode
   // kernel wins.
-  constexpr int64_t kLargeWeight = int64_t{24} << 20;
+  constexpr int64_t kLargeWeight = int64_t{12} << 20;
   if (M == 1 && block_rows(N) * block_cols(K) * block_bytes < kLargeWeight) return ProductKernel::kGemv;
-  if (M <= 16) {
-    const bool fits = decode_plan(M, N, K, kind, num_sms, shared_limit).blocks != 0;
-    // From 9 tokens on, two products a weight fragment: wgmma, when its tiles come close to one round.
-    const bool wide = M > 8 && divide_up(N, 128) * 4 >= num_sms * 3;
-    if (fits && !(sm90 && wide)) return ProductKernel::kDecode;
+  if (M <= kDecodeMaxTokens) {
+    if (decode_plan(M, N, K, kind, num_sms, shared_limit).blocks != 0) return ProductKernel::kDecode;
     if (M == 1) return ProductKernel::kGemv;
   }
-  return sm90 ? ProductKernel::kSm90Gemm : ProductKernel::kSm80Gemm;
+  if (!sm90 || prefers_sm80_gemm(M, N, K, kind, num_sms)) return ProductKernel::kSm80Gemm;
+  return ProductKernel::kSm90Gemm;
 }
 
 }  // namespace bitnet_ext::cuda

@@ -24,6 +24,7 @@
 #include "cuda/common/work_split.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"

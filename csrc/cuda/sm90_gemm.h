@@ -11,6 +11,7 @@ struct Sm90Plan {
   int tokens;           // of a tile: 16, 32, 64 or 128
   uint32_t blocks;      // at most sm90_blocks_per_sm a multiprocessor: all of them run at the same time
   int64_t split_tiles;  // the first tiles, whose K is divided evenly over the blocks; the others stay whole
+  double us;            // estimated time of the work itself, without the start
 };
 
 constexpr int sm90_blocks_per_sm(int tokens) {
