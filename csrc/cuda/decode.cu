@@ -259,8 +259,8 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
 template <typename Traits>
 cudaError_t launch(const ProductArgs& args, const DecodePlan& plan, cudaStream_t stream) {
   const int threads = plan.warps * 32;
-  if (plan.warps > kDecodeMaxWarps || plan.splits < 1 || plan.warps % plan.splits != 0 ||
-      plan.warps / plan.splits > kDecodeMaxTeams) {
+  if (plan.warps > kDecodeMaxWarps || plan.splits < 1 || plan.splits > block_cols(args.K) ||
+      plan.warps % plan.splits != 0 || plan.warps / plan.splits > kDecodeMaxTeams) {
     return cudaErrorInvalidConfiguration;
   }
   const auto kernel = decode_kernel<Traits>;
