@@ -29,22 +29,14 @@
 namespace bitnet_ext::cuda {
 namespace {
 
-constexpr int kPadding = 16;  // bytes between the rows of x in shared memory
-constexpr int kSumPadding =
-    4;  // ints between the tokens of the partial sums: their stores meet no bank twice
-
 template <typename Weight_, int kTokenTiles_, int kRowTiles_, int kDepth_>
 struct DecodeTraits {
   using Weight = Weight_;
   static constexpr int kTokenTiles = kTokenTiles_, kRowTiles = kRowTiles_, kDepth = kDepth_;
   static constexpr int kVectors = kRowTiles * Weight::kVectors;  // 16-byte vectors a lane has in an item
   static constexpr int kRows = kRowTiles * kBlockRows;
-  static constexpr int kSumStride = kRows + kSumPadding;
+  static constexpr int kSumStride = kRows + kDecodeSumPadding;
 };
-
-__host__ __device__ constexpr int64_t row_stride(int64_t K) {
-  return block_cols(K) * kBlockCols + kPadding;
-}
 
 // Where a warp is in its sequence of items (group, block of K).
 template <typename Traits>
@@ -94,7 +86,7 @@ struct WeightCursor {
 __device__ __forceinline__ void stage_tokens(const ProductArgs& args, uint8_t* x_shared, bool x_aligned) {
   const int num_threads = static_cast<int>(blockDim.x);
   const int pieces = static_cast<int>((args.K + 15) / 16);  // of a row
-  const int stride = static_cast<int>(row_stride(args.K));
+  const int stride = static_cast<int>(decode_row_stride(args.K));
   int m = static_cast<int>(threadIdx.x) / pieces;
   int piece = static_cast<int>(threadIdx.x) % pieces;
   const int tokens = static_cast<int>(args.M);
@@ -142,7 +134,8 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
 
   uint4* ring = reinterpret_cast<uint4*>(shared) + threadIdx.x;  // [kDepth][kVectors][num_threads]
   uint8_t* x_shared = shared + sizeof(uint4) * kDepth * Traits::kVectors * num_threads;
-  int* sums = reinterpret_cast<int*>(x_shared + tokens * row_stride(args.K));  // [2][warps][M][kSumStride]
+  int* sums =
+      reinterpret_cast<int*>(x_shared + tokens * decode_row_stride(args.K));  // [2][warps][M][kSumStride]
   const int slot_step = Traits::kVectors * num_threads;
 
   if (!args.weight_is_constant) wait_for_previous_kernel();
@@ -160,7 +153,7 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
 #pragma unroll
   for (int tile = 0; tile < kTokenTiles; ++tile) {
     const int token = min(tile * 8 + lane % 8, tokens - 1);
-    x_rows[tile] = x_shared + token * row_stride(args.K) + lane / 8 * 16;
+    x_rows[tile] = x_shared + token * decode_row_stride(args.K) + lane / 8 * 16;
   }
 
   int slot = 0;
@@ -310,16 +303,6 @@ cudaError_t launch_tokens(const ProductArgs& args, const DecodePlan& plan, cudaS
 }
 
 }  // namespace
-
-size_t decode_shared_bytes(
-    WeightKind kind, int64_t M, int64_t K, int warps, int row_tiles, int depth, bool walks) {
-  const int vectors =
-      row_tiles * (kind == WeightKind::kTernary ? TernaryWeight::kVectors : Int8Weight::kVectors);
-  const int64_t ring = int64_t{16} * depth * vectors * warps * 32;
-  const int64_t x = M * row_stride(K);
-  const int64_t sums = int64_t{4} * (walks ? 2 : 1) * warps * M * (row_tiles * kBlockRows + kSumPadding);
-  return static_cast<size_t>(ring + x + sums);
-}
 
 cudaError_t launch_decode(const ProductArgs& args, const DecodePlan& plan, cudaStream_t stream) {
   if (args.M == 0) return cudaSuccess;

@@ -6,14 +6,12 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/decode.h"
-#include "cuda/gemv.h"
-#include "cuda/sm80_gemm.h"
-#include "cuda/sm90_gemm.h"
+#include "cuda/plans.h"
 
 namespace bitnet_ext::cuda {
 
 enum class ProductKernel { kGemv, kDecode, kSm80Gemm, kSm90Gemm };
+constexpr const char* kProductKernelNames[] = {"gemv", "decode", "sm80_gemm", "sm90_gemm"};
 
 constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -82,6 +80,27 @@ inline DecodePlan decode_plan(
     }
   }
   return DecodePlan{};
+}
+
+// Many tokens by mma.sync: the tile that should take the least time, rounds of blocks over the GPU times the
+// time of a block. A step along K costs a block its multiplications and what it reads; per 128 of K an A100
+// multiplies 128 features x 16 tokens in the time in which it reads 8 tokens or 32 features (int8 and 2 bits)
+// from L2. A large tile reads less, a small one leaves fewer multiprocessors idle and pads less. The larger
+// of equals.
+constexpr GemmTile sm80_gemm_tile(int64_t M, int64_t N, int num_sms) {
+  GemmTile best = GemmTile::k128x128;
+  int64_t best_cost = INT64_MAX;
+  for (const GemmTile tile : kGemmTiles) {
+    const int64_t features = tile_features(tile), tokens = tile_tokens(tile);
+    const int64_t blocks = (M + tokens - 1) / tokens * ((N + features - 1) / features);
+    const int64_t rounds = (blocks + num_sms - 1) / num_sms;
+    const int64_t cost = rounds * (features * tokens + 32 * tokens + 8 * features);
+    if (cost < best_cost) {
+      best = tile;
+      best_cost = cost;
+    }
+  }
+  return best;
 }
 
 // Many tokens on Hopper: the tile that should take the least time. A block's time is a start, its stages (256

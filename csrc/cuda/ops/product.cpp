@@ -13,14 +13,16 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/decode.h"
+#include "cuda/gemv.h"
 #include "cuda/heuristics.h"
 #include "cuda/launch_context.h"
 #include "cuda/ops/parts.h"
+#include "cuda/sm80_gemm.h"
+#include "cuda/sm90_gemm.h"
 
 namespace bitnet_ext::cuda {
 namespace {
-
-constexpr const char* kKernelNames[] = {"gemv", "decode", "sm80_gemm", "sm90_gemm"};
 
 // --- memory of split tiles ------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ std::optional<ProductKernel> forced_kernel(const char* op) {
   const char* name = std::getenv("BITNET_EXT_KERNEL");
   if (name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0) return std::nullopt;
   for (int i = 0; i < 4; ++i) {
-    if (std::strcmp(name, kKernelNames[i]) == 0) return static_cast<ProductKernel>(i);
+    if (std::strcmp(name, kProductKernelNames[i]) == 0) return static_cast<ProductKernel>(i);
   }
   fail(op, "BITNET_EXT_KERNEL must be auto, gemv, decode, sm80_gemm or sm90_gemm; got ", name);
 }
