@@ -17,11 +17,11 @@ from bitnet_ext.ops.int8_mm import (
     MAX_INT8_K,
     int8_mm,
     int8_mm_ref,
-    prepack_int8_ref,
     quantize_rows_int8,
     quantize_rows_int8_ref,
     unprepack_int8,
 )
+from bitnet_ext.ops.packing import prepack_int8_ref
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ODD = [1, 3, 15, 17, 127, 129, 257]

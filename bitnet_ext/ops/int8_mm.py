@@ -50,27 +50,8 @@ def quantize_rows_int8_ref(w: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_act_int8_ref(w)
 
 
-def prepack_int8_ref(codes: Tensor) -> Tensor:
-    """The layout of int8 weights that the CUDA products read (csrc/prepacked.h), in plain PyTorch.
-
-    Args:
-        codes: int8 [N, K].
-
-    Returns:
-        int32 [ceil(N / 16), ceil(K / 128), 4, 32, 4]: a permutation of the codes, padded with zeros.
-    """
-    N, K = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -K % 128, 0, -N % 16))
-    # Row 8 r + g and column 32 s + 16 h + 4 t + i of a block are byte i of register 2 h + r, lane 4 g + t, step s.
-    blocks = padded.reshape(
-        -(-N // 16), 2, 8, -(-K // 128), 4, 2, 4, 4
-    )  # row block, r, g, column block, s, h, t, i
-    ordered = blocks.permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous()  # row block, column block, s, g, t, h, r, i
-    return ordered.view(torch.int32).reshape(-(-N // 16), -(-K // 128), 4, 32, 4)
-
-
 def unprepack_int8(prepacked: Tensor, N: int, K: int) -> Tensor:
-    """Codes int8 [N, K] from their prepacked form: the inverse of :func:`prepack_int8_ref`, on any device."""
+    """Codes int8 [N, K] from their prepacked form: the inverse of :func:`bitnet_ext.ops.prepack_int8`, anywhere."""
     op = "unprepack_int8"
     _checks.at_least_one(op, "N", N, "out_features")
     _checks.at_least_one(op, "K", K, "in_features")
