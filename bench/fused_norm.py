@@ -46,10 +46,9 @@ from bitnet_ext.testing import (
 )
 from bitnet_ext.testing.bench import Call, device_name
 from bitnet_ext.testing.script import (
-    EXIT_INTERRUPTED,
-    EXIT_WRONG_RESULT,
     WrongResultError,
     environment_variables,
+    exit_status,
     library_variables,
     positive,
     result_path,
@@ -355,7 +354,7 @@ def widths_of(case: Case, args: argparse.Namespace) -> Sequence[int]:
     return GLU_WIDTHS if case.name == "glu_quantize" else WIDTHS
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args, device = parse(argv)
     if device.index is not None:
         torch.cuda.set_device(device)
@@ -397,15 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
     )
     print(f"written: {path}")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except WrongResultError as error:
-        print(f"wrong result: {error}", file=sys.stderr)
-        sys.exit(EXIT_WRONG_RESULT)
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(exit_status(main))

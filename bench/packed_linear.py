@@ -17,7 +17,6 @@ stored in bf16). On a GPU the times are of replayed CUDA graphs, the device's ow
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,8 @@ from bitnet_ext.testing import (
     time_interleaved,
     write_json,
 )
-from bitnet_ext.testing.bench import MAX_COPIES, Call, device_name, slug
+from bitnet_ext.testing.bench import MAX_COPIES, Call, device_name
+from bitnet_ext.testing.script import WrongResultError, exit_status, positive, result_path, sizes
 from bitnet_ext.training.device import resolve_device
 
 HERE = Path(__file__).resolve().parent
@@ -59,9 +59,7 @@ PACKED, PRODUCT, FP32, BF16, INT8 = (
 )
 
 
-class WrongResultError(RuntimeError):
-    """A variant's result is not the exact product within its rounding."""
-
+shape = sizes("NxK", "2560x6912")
 
 # --- one layer ----------------------------------------------------------------------------------------------
 
@@ -368,27 +366,12 @@ MODEL_COLUMNS = (
 # --- the report ---------------------------------------------------------------------------------------------
 
 
-def shape_of(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"a shape is NxK, such as 2560x6912, got {text!r}")
-    return int(found[1]), int(found[2])
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
-
-
 def parse() -> tuple[argparse.Namespace, torch.device]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument(
-        "--shapes", nargs="+", type=shape_of, metavar="NxK", help=f"default: {' '.join(SHAPES)}"
-    )
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help=f"default: {' '.join(SHAPES)}")
     parser.add_argument("--tokens", nargs="+", type=positive, metavar="M", help="default: 1 8 64 512")
     parser.add_argument(
         "--models", nargs="*", choices=list(PRESETS), metavar="NAME",
@@ -405,14 +388,14 @@ def parse() -> tuple[argparse.Namespace, torch.device]:
         parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.shapes = args.shapes or [shape_of(text) for text in (("256x256",) if args.quick else SHAPES)]
+    args.shapes = args.shapes or [shape(text) for text in (("256x256",) if args.quick else SHAPES)]
     args.tokens = args.tokens or ([1, 32] if args.quick else list(TOKENS))
     if args.models is None:
         args.models = ["collapse-64"] if args.quick else list(MODELS)
     return args, device
 
 
-def main() -> int:
+def main() -> None:
     args, device = parse()
     if device.index is not None:
         torch.cuda.set_device(device)
@@ -432,9 +415,7 @@ def main() -> int:
     if models:
         print()
         print(format_table(MODEL_COLUMNS, model_cells))
-    path = args.json or (
-        HERE / "results" / f"packed_linear-{slug(device_name(facts))}{'-quick' if args.quick else ''}.json"
-    )
+    path = result_path(args.json, HERE, "packed_linear", facts, args.quick)
     write_json(
         path,
         {
@@ -454,15 +435,7 @@ def main() -> int:
         },
     )
     print(f"written: {path}")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except WrongResultError as error:
-        print(f"wrong result: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(exit_status(main))

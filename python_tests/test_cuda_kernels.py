@@ -8,6 +8,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cuda_tools import (
+    DTYPES,
+    KS,
+    assert_same,
+    assert_within_twice,
+    exact_product,
+    exact_ref,
+    generator,
+    integers,
+    normal,
+    poison,
+    shifted,
+)
 from torch import Tensor
 
 from bitnet_ext import ops
@@ -15,62 +28,6 @@ from bitnet_ext import ops
 pytestmark = pytest.mark.gpu
 
 raw = torch.ops.bitnet_ext
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KS = [1, 3, 16, 17, 63, 64, 255, 257, 1000, 2560, 6912]
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator(device="cuda").manual_seed(seed)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), device="cuda").to(dtype)
-
-
-def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(low, high, shape, generator=generator(seed), device="cuda", dtype=torch.int8)
-
-
-def shifted(t: Tensor, elements: int = 1) -> Tensor:
-    """A contiguous copy of `t` that starts `elements` elements into its storage: aligned to nothing else."""
-    storage = torch.empty(t.numel() + elements, dtype=t.dtype, device=t.device)
-    view = storage[elements:].view(t.shape)
-    view.copy_(t)
-    assert view.is_contiguous()
-    return view
-
-
-def exact_ref(reference: Callable[..., tuple[Tensor, ...]], *args: object) -> tuple[Tensor, ...]:
-    """A `*_ref` twin computed on the CPU: on CUDA, PyTorch divides by a Python number by multiplying with its
-    reciprocal, which rounds twice."""
-    on_cpu = [a.cpu() if isinstance(a, Tensor) else a for a in args]
-    return tuple(t.cuda() for t in reference(*on_cpu))
-
-
-def poison(*tensors: Tensor) -> None:
-    """Fills memory and frees it, so that the next results of these sizes start as garbage, not as zeros or
-    as the right values of a run before."""
-    sizes = [max(t.numel() * t.element_size(), 1) for t in tensors]
-    blocks = [torch.full((size,), 0xC5, dtype=torch.uint8, device="cuda") for size in sizes]
-    del blocks
-
-
-def assert_within_twice(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """No further from float64 than twice plain PyTorch in the same dtype, and a floor of one rounding."""
-    assert got.shape == exact.shape
-    if exact.numel() == 0:
-        return
-    limit = 2 * (eager.double() - exact).abs().max() + torch.finfo(got.dtype).eps * exact.abs().max()
-    assert (got.double() - exact).abs().max() <= limit
-
-
-def assert_same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
-    """Equal bits, NaN included."""
-    for a, b in zip(first, second, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(
-            a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
-        )
 
 
 # --- quantisers and packing ---------------------------------------------------------------------------------
@@ -138,103 +95,7 @@ def test_pack_clamps_and_unpack_reads_the_invalid_value_as_one() -> None:
     assert torch.equal(raw.unpack_ternary(every_byte, 253), expected[:, :253])
 
 
-# --- products -----------------------------------------------------------------------------------------------
-
-
-def exact_product(x: Tensor, codes: Tensor) -> Tensor:
-    return (x.double() @ codes.double().t()).to(torch.int32)
-
-
-@pytest.mark.parametrize("K", KS)
-@pytest.mark.parametrize("M", [0, 1, 2, 3, 8, 9, 17, 124, 513])
-def test_products_of_every_path(M: int, K: int) -> None:
-    for N in (1, 33, 257):
-        x, codes = integers(-128, 128, M, K, seed=M), integers(-1, 2, N, K, seed=N)
-        packed = ops.pack_ternary_ref(codes)
-        expected = exact_product(x, codes)
-        for shift_x, shift_w in ((0, 0), (1, 0), (0, 1), (3, 2), (16, 16)):
-            poison(expected)
-            got = raw.int8xint2_mm_int32(shifted(x, shift_x), shifted(packed, shift_w))
-            assert got.shape == (M, N) and torch.equal(got, expected), (N, shift_x, shift_w)
-
-
-@pytest.mark.parametrize(
-    ("M", "N", "K"),
-    [
-        (1300, 2049, 256),  # tiles of 128 x 128, ragged in both directions
-        (1280, 2176, 64),  # one step along K, which is shorter than the ring of stages
-        (2050, 1100, 1600),
-        (513, 1100, 320),  # tiles of 64 x 64
-        (1000, 700, 1024),
-        (1000, 1001, 1001),  # the same tile with unaligned rows
-        (40, 2560, 2560),  # tiles of 32 x 32
-        (16, 512, 6912),
-    ],
-)
-def test_tiles(M: int, N: int, K: int) -> None:
-    x, codes = integers(-128, 128, M, K), integers(-1, 2, N, K, seed=1)
-    packed = ops.pack_ternary_ref(codes)
-    expected = exact_product(x, codes)
-    poison(expected)
-    assert torch.equal(raw.int8xint2_mm_int32(x, packed), expected)
-
-
-@pytest.mark.parametrize("M", range(1, 9))
-@pytest.mark.parametrize(("N", "K"), [(8451, 256), (9001, 2048), (16384, 4160), (20001, 100)])
-def test_gemv_with_many_rows(M: int, N: int, K: int) -> None:
-    """N beyond 64 rows a multiprocessor: a warp handles two row tiles, a block several groups of them."""
-    x, codes = integers(-128, 128, M, K, seed=M), integers(-1, 2, N, K, seed=1)
-    packed = ops.pack_ternary_ref(codes)
-    expected = exact_product(x, codes)
-    poison(expected)
-    assert torch.equal(raw.int8xint2_mm_int32(x, packed), expected)
-
-
-@pytest.mark.parametrize("K", [2560, 8192, 28672])
-@pytest.mark.parametrize("M", [1, 2, 5, 8, 40, 300])
-@pytest.mark.parametrize(("value", "code"), [(127, 1), (-128, 1), (127, -1), (-128, -1)])
-def test_largest_sums(M: int, K: int, value: int, code: int) -> None:
-    x = torch.full((M, K), value, dtype=torch.int8, device="cuda")
-    packed = ops.pack_ternary_ref(torch.full((33, K), code, dtype=torch.int8, device="cuda"))
-    expected = torch.full((M, 33), value * code * K, dtype=torch.int32, device="cuda")
-    poison(expected)
-    assert torch.equal(raw.int8xint2_mm_int32(x, packed), expected)
-
-
-@pytest.mark.parametrize("M", [1, 3, 8, 9, 65])
-@pytest.mark.parametrize("N", [96, 97])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_scale_and_bias(M: int, N: int, dtype: torch.dtype) -> None:
-    K = 192
-    x, codes = integers(-128, 128, M, K), integers(-1, 2, N, K, seed=1)
-    packed = ops.pack_ternary_ref(codes)
-    act_scale = torch.logspace(-4, 1, M, device="cuda")
-    uneven = [1, 30, 2, N - 35, 2]
-    most = [3] * 15 + [N - 45]  # 16 segments, the largest number
-    bias = normal(N, seed=2)
-    for sizes, count in (([], 1), ([], N), ([N], 1), (uneven, 5), (most, 16)):
-        weight_scale = torch.logspace(-3, 2, count, device="cuda")
-        rows = (
-            weight_scale if count == N else weight_scale.repeat_interleave(torch.tensor(sizes or [N]).cuda())
-        )
-        for b in (None, bias):
-            expected = exact_product(x, codes).float() * act_scale.unsqueeze(1) * rows
-            expected = (expected if b is None else expected + b).to(dtype)
-            poison(expected)
-            got = raw.int8xint2_mm(x, act_scale, packed, weight_scale, b, sizes, dtype)
-            assert torch.equal(got, expected), (sizes, b is not None)
-
-
-def test_nan_scales_reach_every_output_they_touch() -> None:
-    nan = float("nan")
-    for M in (1, 8, 9, 70):
-        x, packed = integers(-128, 128, M, 64), ops.pack_ternary_ref(integers(-1, 2, 40, 64, seed=1))
-        act_scale, one = torch.ones(M, device="cuda"), torch.ones(1, device="cuda")
-        act_scale[-1] = nan
-        y = raw.int8xint2_mm(x, act_scale, packed, one, None, [], torch.bfloat16)
-        assert y[-1].isnan().all() and not y[:-1].isnan().any()
-        y = raw.int8xint2_mm(x, torch.ones(M, device="cuda"), packed, one * nan, None, [], torch.float16)
-        assert y.isnan().all()
+# --- bit_linear ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

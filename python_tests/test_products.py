@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from cuda_tools import DTYPES, KS, exact_product, integers, normal, poison, shifted
 from torch import Tensor
 
 from bitnet_ext import ops
@@ -17,28 +18,14 @@ raw = torch.ops.bitnet_ext
 KERNELS = ["gemv", "decode", "sm80_gemm", "sm90_gemm"]
 
 
-def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator(device="cuda").manual_seed(seed)
-    return torch.randint(low, high, shape, generator=generator, device="cuda", dtype=torch.int8)
-
-
 def floats(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator(device="cuda").manual_seed(seed)
     return torch.rand(*shape, generator=generator, device="cuda") + 0.1
 
 
-def exact(x: Tensor, codes: Tensor) -> Tensor:
-    return (x.double() @ codes.double().t()).to(torch.int32)
-
-
 def scaled(sums: Tensor, act_scale: Tensor, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     y = sums.float() * act_scale.unsqueeze(1) * rows
     return (y if bias is None else y + bias).to(dtype)
-
-
-def poison(like: Tensor) -> None:
-    block = torch.full_like(like, -77)
-    del block
 
 
 def prepack(codes: Tensor, kind: str) -> Tensor:
@@ -87,7 +74,7 @@ def test_random_products(seed: int, M: int, N: int, K: int, monkeypatch: pytest.
     kind = draw.choice(["ternary", "ternary", "int8"])
     x, codes = integers(-128, 128, M, K, seed=seed), random_codes(kind, N, K, seed + 1)
     weight = prepack(codes, kind)
-    sums = exact(x, codes)
+    sums = exact_product(x, codes)
     act_scale = floats(M, seed=seed)
     bias = draw.choice([None, floats(N, seed=3)])
     if N >= 6 and draw.random() < 0.4:
@@ -117,7 +104,7 @@ def test_layers_of_real_sizes_twice(M: int, N: int, K: int, kind: str) -> None:
     """Every tile and split that such layers are given; two runs agree bit for bit."""
     x, codes = integers(-128, 128, M, K, seed=M), random_codes(kind, N, K, M)
     weight = prepack(codes, kind)
-    sums = exact(x, codes)
+    sums = exact_product(x, codes)
     for _ in range(2):
         poison(sums)
         assert torch.equal(raw.prepacked_mm_int32(x, weight, N), sums)
@@ -139,7 +126,7 @@ def test_sums_at_the_largest_k() -> None:
 def split_case() -> tuple[Tensor, Tensor, int, Tensor]:
     """A product whose tiles are split over blocks on a GPU of any usual size."""
     x, codes = integers(-128, 128, 64, 13824, seed=1), integers(-1, 2, 2560, 13824, seed=2)
-    return x, prepack(codes, "ternary"), 2560, exact(x, codes)
+    return x, prepack(codes, "ternary"), 2560, exact_product(x, codes)
 
 
 def test_split_tiles_on_several_streams() -> None:
@@ -216,7 +203,7 @@ def test_prepack_then_product_at_once() -> None:
         x_i8, act_scale = raw.quantize_act_int8(x)
         one = torch.ones((), device="cuda")
         y = raw.prepacked_mm(x_i8, act_scale, weight, 4096, one, None, [], torch.float32, True)
-        assert torch.equal(y, scaled(exact(x_i8, codes), act_scale, one, None, torch.float32))
+        assert torch.equal(y, scaled(exact_product(x_i8, codes), act_scale, one, None, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -262,3 +249,98 @@ def test_layout_errors_name_the_shapes() -> None:
     storage = torch.empty(weight.numel() + 1, dtype=torch.int32, device="cuda")
     with pytest.raises(RuntimeError, match="prepacked must begin at a multiple of 16 bytes"):
         raw.prepacked_mm_int32(x, storage[1:].view(weight.shape), 32)
+
+
+# --- from the packed form, which each call prepacks: tiles and tails, unaligned memory, largest sums ---------
+
+
+@pytest.mark.parametrize("K", KS)
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 8, 9, 17, 124, 513])
+def test_products_of_every_path(M: int, K: int) -> None:
+    for N in (1, 33, 257):
+        x, codes = integers(-128, 128, M, K, seed=M), integers(-1, 2, N, K, seed=N)
+        packed = ops.pack_ternary_ref(codes)
+        expected = exact_product(x, codes)
+        for shift_x, shift_w in ((0, 0), (1, 0), (0, 1), (3, 2), (16, 16)):
+            poison(expected)
+            got = raw.int8xint2_mm_int32(shifted(x, shift_x), shifted(packed, shift_w))
+            assert got.shape == (M, N) and torch.equal(got, expected), (N, shift_x, shift_w)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [
+        (1300, 2049, 256),  # tiles of 128 x 128, ragged in both directions
+        (1280, 2176, 64),  # one step along K, which is shorter than the ring of stages
+        (2050, 1100, 1600),
+        (513, 1100, 320),  # tiles of 64 x 64
+        (1000, 700, 1024),
+        (1000, 1001, 1001),  # the same tile with unaligned rows
+        (40, 2560, 2560),  # tiles of 32 x 32
+        (16, 512, 6912),
+    ],
+)
+def test_tiles(M: int, N: int, K: int) -> None:
+    x, codes = integers(-128, 128, M, K), integers(-1, 2, N, K, seed=1)
+    packed = ops.pack_ternary_ref(codes)
+    expected = exact_product(x, codes)
+    poison(expected)
+    assert torch.equal(raw.int8xint2_mm_int32(x, packed), expected)
+
+
+@pytest.mark.parametrize("M", range(1, 9))
+@pytest.mark.parametrize(("N", "K"), [(8451, 256), (9001, 2048), (16384, 4160), (20001, 100)])
+def test_gemv_with_many_rows(M: int, N: int, K: int) -> None:
+    """N beyond 64 rows a multiprocessor: a warp handles two row tiles, a block several groups of them."""
+    x, codes = integers(-128, 128, M, K, seed=M), integers(-1, 2, N, K, seed=1)
+    packed = ops.pack_ternary_ref(codes)
+    expected = exact_product(x, codes)
+    poison(expected)
+    assert torch.equal(raw.int8xint2_mm_int32(x, packed), expected)
+
+
+@pytest.mark.parametrize("K", [2560, 8192, 28672])
+@pytest.mark.parametrize("M", [1, 2, 5, 8, 40, 300])
+@pytest.mark.parametrize(("value", "code"), [(127, 1), (-128, 1), (127, -1), (-128, -1)])
+def test_largest_sums(M: int, K: int, value: int, code: int) -> None:
+    x = torch.full((M, K), value, dtype=torch.int8, device="cuda")
+    packed = ops.pack_ternary_ref(torch.full((33, K), code, dtype=torch.int8, device="cuda"))
+    expected = torch.full((M, 33), value * code * K, dtype=torch.int32, device="cuda")
+    poison(expected)
+    assert torch.equal(raw.int8xint2_mm_int32(x, packed), expected)
+
+
+@pytest.mark.parametrize("M", [1, 3, 8, 9, 65])
+@pytest.mark.parametrize("N", [96, 97])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_scale_and_bias(M: int, N: int, dtype: torch.dtype) -> None:
+    K = 192
+    x, codes = integers(-128, 128, M, K), integers(-1, 2, N, K, seed=1)
+    packed = ops.pack_ternary_ref(codes)
+    act_scale = torch.logspace(-4, 1, M, device="cuda")
+    uneven = [1, 30, 2, N - 35, 2]
+    most = [3] * 15 + [N - 45]  # 16 segments, the largest number
+    bias = normal(N, seed=2)
+    for sizes, count in (([], 1), ([], N), ([N], 1), (uneven, 5), (most, 16)):
+        weight_scale = torch.logspace(-3, 2, count, device="cuda")
+        rows = (
+            weight_scale if count == N else weight_scale.repeat_interleave(torch.tensor(sizes or [N]).cuda())
+        )
+        for b in (None, bias):
+            expected = exact_product(x, codes).float() * act_scale.unsqueeze(1) * rows
+            expected = (expected if b is None else expected + b).to(dtype)
+            poison(expected)
+            got = raw.int8xint2_mm(x, act_scale, packed, weight_scale, b, sizes, dtype)
+            assert torch.equal(got, expected), (sizes, b is not None)
+
+
+def test_nan_scales_reach_every_output_they_touch() -> None:
+    nan = float("nan")
+    for M in (1, 8, 9, 70):
+        x, packed = integers(-128, 128, M, 64), ops.pack_ternary_ref(integers(-1, 2, 40, 64, seed=1))
+        act_scale, one = torch.ones(M, device="cuda"), torch.ones(1, device="cuda")
+        act_scale[-1] = nan
+        y = raw.int8xint2_mm(x, act_scale, packed, one, None, [], torch.bfloat16)
+        assert y[-1].isnan().all() and not y[:-1].isnan().any()
+        y = raw.int8xint2_mm(x, torch.ones(M, device="cuda"), packed, one * nan, None, [], torch.float16)
+        assert y.isnan().all()

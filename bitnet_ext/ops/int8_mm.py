@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bitnet_ext.ops import _checks
+from bitnet_ext.ops.packing import prepacked_shape
 from bitnet_ext.ops.quantize import quantize_act_int8_ref
 
 _ops = torch.ops.bitnet_ext
@@ -56,8 +57,9 @@ def unprepack_int8(prepacked: Tensor, N: int, K: int) -> Tensor:
     _checks.at_least_one(op, "N", N, "out_features")
     _checks.at_least_one(op, "K", K, "in_features")
     _check_prepacked(op, "prepacked", prepacked, N, K)
-    ordered = prepacked.contiguous().view(torch.int8).reshape(-(-N // 16), -(-K // 128), 4, 8, 4, 2, 2, 4)
-    padded = ordered.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(-(-N // 16) * 16, -(-K // 128) * 128)
+    rows, cols = prepacked.shape[:2]
+    ordered = prepacked.contiguous().view(torch.int8).reshape(rows, cols, 4, 8, 4, 2, 2, 4)
+    padded = ordered.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(rows * 16, cols * 128)
     return padded[:N, :K].contiguous()
 
 
@@ -102,27 +104,13 @@ def int8_mm(
     if K > MAX_INT8_K:
         raise ValueError(f"{op}: x_i8 must have K <= {MAX_INT8_K}, so that no sum leaves int32, got {K}")
     N = _check_weight(op, weight, out_features, K)
-    if out_dtype == torch.int32:
-        if bias is not None or x_scale is not None or weight_scale is not None:
-            raise ValueError(f"{op}: out_dtype=int32 returns the bare sums; scales and bias must be None")
+    if not _checks.product_operands(op, x_i8, x_scale, weight_scale, bias, out_dtype, N):
         if x_i8.is_cuda:
             return _ops.prepacked_mm_int32(x_i8.contiguous(), _prepacked(weight), N)
         return _sums_on_cpu(x_i8, weight)
-    if out_dtype not in _checks.FLOATS:
-        raise TypeError(f"{op}: out_dtype must be float32, bfloat16, float16 or int32, got {out_dtype}")
-    if x_scale is None or weight_scale is None:
-        raise ValueError(f"{op}: x_scale and weight_scale are needed unless out_dtype is int32")
-    _checks.tensor(op, "x_scale", x_scale, dtypes=(torch.float32,))
-    _checks.shape(op, "x_scale", x_scale, x_i8.shape[:-1], "one scale a token of x_i8")
-    _checks.same_device(op, "x_scale", x_scale, "x_i8", x_i8)
-    _checks.tensor(op, "weight_scale", weight_scale, dtypes=(torch.float32,))
-    _checks.same_device(op, "weight_scale", weight_scale, "x_i8", x_i8)
+    assert x_scale is not None and weight_scale is not None
     if weight_scale.numel() not in (1, N):
         raise ValueError(f"{op}: weight_scale must have 1 or N = {N} elements, got {weight_scale.numel()}")
-    if bias is not None:
-        _checks.tensor(op, "bias", bias, dtypes=(torch.float32,), dim=1)
-        _checks.shape(op, "bias", bias, (N,), "one a row of weight")
-        _checks.same_device(op, "bias", bias, "x_i8", x_i8)
     if not x_i8.is_cuda:
         return _scale(_sums_on_cpu(x_i8, weight), x_scale, weight_scale, bias, out_dtype)
     return _ops.prepacked_mm(
@@ -239,5 +227,5 @@ def _check_weight(op: str, weight: Tensor, out_features: int | None, K: int) -> 
 
 def _check_prepacked(op: str, name: str, prepacked: Tensor, N: int, K: int) -> None:
     _checks.tensor(op, name, prepacked, dtypes=(torch.int32,))
-    expected = (-(-N // 16), -(-K // 128), 4, 32, 4)
+    expected = (*prepacked_shape(N, K)[:2], 4, 32, 4)
     _checks.shape(op, name, prepacked, expected, f"int8 weights prepacked, for N = {N} and K = {K}")

@@ -59,27 +59,13 @@ def int8xint2_mm(
     _checks.at_least_one(op, "x_i8", K, "a last dimension (K)")
     N = _check_weight(op, weight, out_features, K)
     prepacked = weight.dtype == torch.int32
-    if out_dtype == torch.int32:
-        if bias is not None or x_scale is not None or weight_scale is not None:
-            raise ValueError(f"{op}: out_dtype=int32 returns the bare sums; scales and bias must be None")
+    if not _checks.product_operands(op, x_i8, x_scale, weight_scale, bias, out_dtype, N):
         if prepacked:
             return _ops.prepacked_mm_int32(x_i8.contiguous(), weight.contiguous(), N)
         return _ops.int8xint2_mm_int32(x_i8.contiguous(), weight.contiguous())
-    if out_dtype not in _checks.FLOATS:
-        raise TypeError(f"{op}: out_dtype must be float32, bfloat16, float16 or int32, got {out_dtype}")
-    if x_scale is None or weight_scale is None:
-        raise ValueError(f"{op}: x_scale and weight_scale are needed unless out_dtype is int32")
-    _checks.tensor(op, "x_scale", x_scale, dtypes=(torch.float32,))
-    _checks.shape(op, "x_scale", x_scale, x_i8.shape[:-1], "one scale a token of x_i8")
-    _checks.tensor(op, "weight_scale", weight_scale, dtypes=(torch.float32,))
+    assert x_scale is not None and weight_scale is not None
     sizes = _check_segments(op, weight_scale, segments, N)
-    _checks.same_device(op, "x_scale", x_scale, "x_i8", x_i8)
-    _checks.same_device(op, "weight_scale", weight_scale, "x_i8", x_i8)
-    if bias is not None:
-        _checks.tensor(op, "bias", bias, dtypes=(torch.float32,), dim=1)
-        _checks.shape(op, "bias", bias, (N,), "one a row of weight")
-        _checks.same_device(op, "bias", bias, "x_i8", x_i8)
-        bias = bias.contiguous()
+    bias = None if bias is None else bias.contiguous()
     x_i8, x_scale = x_i8.contiguous(), x_scale.contiguous()
     weight_scale = weight_scale.contiguous()
     if not prepacked:

@@ -102,14 +102,10 @@ def result_path(json: Path | None, folder: Path, name: str, facts: Mapping[str, 
     return json or folder / "results" / f"{name}-{slug(device_name(facts))}{'-quick' if quick else ''}.json"
 
 
-def run_on_cuda(name: str, parse: Callable[[], Any], run: Callable[[Any, torch.device], None]) -> int:
-    """Reads the options, then runs on the current GPU; returns the exit status."""
-    args = parse()
-    if not torch.cuda.is_available():
-        print(f"{name} times CUDA kernels and needs an NVIDIA GPU, PyTorch sees none here", file=sys.stderr)
-        return EXIT_USAGE
+def exit_status(run: Callable[[], None]) -> int:
+    """Runs a script's work and turns the two ways in which it may break off into a sentence and an exit status."""
     try:
-        run(args, torch.device("cuda", torch.cuda.current_device()))
+        run()
     except WrongResultError as error:
         print(f"wrong result: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
@@ -117,3 +113,13 @@ def run_on_cuda(name: str, parse: Callable[[], Any], run: Callable[[Any, torch.d
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def run_on_cuda(name: str, parse: Callable[[], Any], run: Callable[[Any, torch.device], None]) -> int:
+    """Reads the options, then runs on the current GPU; returns the exit status."""
+    args = parse()
+    if not torch.cuda.is_available():
+        print(f"{name} times CUDA kernels and needs an NVIDIA GPU, PyTorch sees none here", file=sys.stderr)
+        return EXIT_USAGE
+    device = torch.device("cuda", torch.cuda.current_device())
+    return exit_status(lambda: run(args, device))

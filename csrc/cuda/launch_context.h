@@ -32,38 +32,8 @@ inline void check_status(const char* op, cudaError_t status) {
   if (status != cudaSuccess) fail(op, "CUDA reports: ", cudaGetErrorString(status));
 }
 
-// The number of multiprocessors of a device, after the check that the kernels run on it at all. Asked once a
-// device: cudaDeviceGetAttribute is cheap, but an operator of a few microseconds should not pay for three.
-inline int multiprocessors(const char* op, int32_t device) {
-  constexpr int32_t kMaxDevices = 64;
-  static std::array<std::atomic<int>, kMaxDevices> cache = {};
-  const bool cached = device >= 0 && device < kMaxDevices;
-  if (cached) {
-    const int known = cache[static_cast<size_t>(device)].load(std::memory_order_relaxed);
-    if (known > 0) return known;
-  }
-  int major = 0, minor = 0, count = 0;
-  check_status(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check_status(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  check_status(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  if (major < 8) {
-    cudaDeviceProp properties;
-    check_status(op, cudaGetDeviceProperties(&properties, device));
-    fail(op,
-         "needs a GPU of compute capability 8.0 or newer; got cuda:",
-         device,
-         " (",
-         properties.name,
-         ") of compute capability ",
-         major,
-         ".",
-         minor);
-  }
-  if (cached) cache[static_cast<size_t>(device)].store(count, std::memory_order_relaxed);
-  return count;
-}
-
-// An attribute of a device, asked for once a device.
+// An attribute of a device, asked for once a device: cudaDeviceGetAttribute is cheap, but an operator of a
+// few microseconds should not pay for several.
 template <cudaDeviceAttr kAttribute>
 int device_attribute(const char* op, int32_t device) {
   constexpr int32_t kMaxDevices = 64;
@@ -75,6 +45,25 @@ int device_attribute(const char* op, int32_t device) {
   check_status(op, cudaDeviceGetAttribute(&value, kAttribute, device));
   if (cached) cache[static_cast<size_t>(device)].store(value + 1, std::memory_order_relaxed);
   return value;
+}
+
+// The number of multiprocessors of a device, after the check that the kernels run on it at all.
+inline int multiprocessors(const char* op, int32_t device) {
+  const int major = device_attribute<cudaDevAttrComputeCapabilityMajor>(op, device);
+  if (major < 8) {
+    cudaDeviceProp properties;
+    check_status(op, cudaGetDeviceProperties(&properties, device));
+    fail(op,
+         "needs a GPU of compute capability 8.0 or newer; got cuda:",
+         device,
+         " (",
+         properties.name,
+         ") of compute capability ",
+         major,
+         ".",
+         device_attribute<cudaDevAttrComputeCapabilityMinor>(op, device));
+  }
+  return device_attribute<cudaDevAttrMultiProcessorCount>(op, device);
 }
 
 // Shared memory that one block may use, in bytes.
