@@ -54,7 +54,7 @@ inline DecodePlan decode_plan(
       if (per_sm == 2 && !(row_tiles == 2 && M <= 4)) continue;
       const int64_t slots = per_sm * num_sms;
       const int64_t most_teams = std::min<int64_t>(kDecodeMaxTeams / per_sm, divide_up(groups, slots));
-      // Groups of the busiest multiprocessor, which decides; as many teams as stay near the fewest.
+      // Groups of the busiest block, which decides; as many teams as stay near the fewest.
       const auto busiest = [&](int64_t teams) { return divide_up(groups, teams * slots) * teams; };
       int64_t fewest = busiest(1);
       for (int64_t teams = 2; teams <= most_teams; ++teams) fewest = std::min(fewest, busiest(teams));
@@ -119,7 +119,6 @@ inline Sm90Plan sm90_plan(int64_t M, int64_t N, int64_t K, WeightKind kind, int 
                                        {128, 16, 0.36, 3.5}};
   const int64_t stages = divide_up(K, 256);
   Sm90Plan best = {};
-  double best_us = 0.0;
   for (const Candidate& c : kCandidates) {
     if (kind == WeightKind::kInt8 && c.features * c.tokens > 128 * 128) continue;
     if (c.tokens > 16 && c.tokens >= 2 * M) continue;
@@ -128,9 +127,8 @@ inline Sm90Plan sm90_plan(int64_t M, int64_t N, int64_t K, WeightKind kind, int 
     const auto consider = [&](int64_t blocks, int64_t split_tiles, double rounds_of_stages, double extra_us) {
       // Two narrow blocks on one multiprocessor slow each other down.
       const double us = rounds_of_stages * c.stage_us * (blocks > num_sms ? 1.5 : 1.0) + extra_us;
-      if (best.blocks != 0 && us >= best_us) return;
+      if (best.blocks != 0 && us >= best.us) return;
       best = {c.features, c.tokens, static_cast<uint32_t>(blocks), split_tiles, us};
-      best_us = us;
     };
     const int64_t rounds = divide_up(tiles, slots);
     consider(divide_up(tiles, rounds), 0, static_cast<double>(rounds * stages), 0.0);

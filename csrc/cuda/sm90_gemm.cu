@@ -1,11 +1,12 @@
 // y = x * W^T for many tokens on Hopper's int8 tensor cores: wgmma with the weights as the register operand.
 //
-// A tile is kFeatures features x kTokens tokens. The grid is persistent, one block a multiprocessor: a
-// producer warp feeds a ring of stages through the copy engine, two consumer warpgroups, each with half of
-// the features, compute. A stage holds 2 x 128 columns of K: x as two [kTokens][128 bytes] in the 128-byte
-// swizzle, and the weights as they lie in memory, blocks of 16 x 128 in fragment order (csrc/prepacked.h).
-// Operand B of wgmma is the stage's x; operand A is unpacked by shift and mask from one 16-byte read a thread
-// and 16 x 128 block, so the weights cross shared memory at 2 bits, and half of its bandwidth stays free.
+// A tile is kFeatures features x kTokens tokens. The grid is persistent, one block a multiprocessor (two of
+// narrow tiles): a producer warp feeds a ring of stages through the copy engine, two consumer warpgroups,
+// each with half of the features, compute. A stage holds 2 x 128 columns of K: x as two [kTokens][128 bytes]
+// in the 128-byte swizzle, and the weights as they lie in memory, blocks of 16 x 128 in fragment order
+// (csrc/prepacked.h). Operand B of wgmma is the stage's x; operand A is unpacked by shift and mask from one
+// 16-byte read a thread and 16 x 128 block, so the weights cross shared memory at 2 bits, and half of its
+// bandwidth stays free.
 //
 // The products of 128 columns (64 in some tiles) are one group; while it runs, the next ones are unpacked
 // into a second set of registers, so the tensor cores always have a group queued.
@@ -75,22 +76,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
       while (cursor.next(work, piece)) {
         const int first_m = piece.tile / params.feature_tiles * kTokens;
         const int first_tile = piece.tile % params.feature_tiles * (Traits::kFeatures / kBlockRows);
-        for (int kb = piece.begin; kb < piece.end; ++kb) {
+        for (int k_stage = piece.begin; k_stage < piece.end; ++k_stage) {
           mbarrier_wait(empty + stage, phase ^ 1);
-          uint8_t* x_stage = shared + stage * Traits::kStageBytes;
+          uint8_t* stage_data = shared + stage * Traits::kStageBytes;
           mbarrier_arrive_expect(full + stage, Traits::kStageBytes);
-          tma_load_3d(x_stage + kHalves * Traits::kBytesX,
+          tma_load_3d(stage_data + kHalves * Traits::kBytesX,
                       &weight_map,
                       full + stage,
                       0,
-                      kb * kHalves * Weight::kVectors,
+                      k_stage * kHalves * Weight::kVectors,
                       first_tile);
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) {
-            tma_load_2d(x_stage + half * Traits::kBytesX,
+            tma_load_2d(stage_data + half * Traits::kBytesX,
                         &x_map,
                         full + stage,
-                        (kb * kHalves + half) * kBlockCols,
+                        (k_stage * kHalves + half) * kBlockCols,
                         first_m);
           }
           if (++stage == kStages) {
@@ -126,10 +127,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     int stage = 0;
     uint32_t phase = 0;
     while (cursor.next(work, piece)) {
-      for (int kb = piece.begin; kb < piece.end; ++kb) {
-        const uint8_t* x_stage = shared + stage * Traits::kStageBytes;
+      for (int k_stage = piece.begin; k_stage < piece.end; ++k_stage) {
+        const uint8_t* stage_data = shared + stage * Traits::kStageBytes;
         mbarrier_wait(full + stage, phase);
-        const int accumulate = kb > piece.begin;
+        const int accumulate = k_stage > piece.begin;
 #pragma unroll
         for (int group = 0; group < Traits::kGroups; ++group) {
           constexpr int kSteps = Traits::kSteps;
@@ -142,14 +143,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 #pragma unroll
               for (int v = 0; v < Weight::kVectors; ++v) {
                 packed[block][v] = *reinterpret_cast<const uint4*>(
-                    x_stage + weight_offset + (block * 4 * kHalves + half) * Traits::kBytesTile + v * 512);
+                    stage_data + weight_offset + (block * 4 * kHalves + half) * Traits::kBytesTile + v * 512);
               }
             }
           }
 
           wgmma_wait<1>();  // the group that used these registers
           // With the last stage's last group done, nothing reads that stage any more.
-          if (group == 1 && kb > piece.begin && lane == 0) {
+          if (group == 1 && k_stage > piece.begin && lane == 0) {
             mbarrier_arrive(empty + (stage == 0 ? kStages : stage) - 1);
           }
 #pragma unroll
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) wgmma_operand(mine[block][step]);
           }
-          const uint64_t b = wgmma_descriptor(x_stage + half * Traits::kBytesX) + 2 * first;
+          const uint64_t b = wgmma_descriptor(stage_data + half * Traits::kBytesX) + 2 * first;
           wgmma_fence();
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) {
@@ -214,6 +215,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
                 piece.tile % params.feature_tiles * Traits::kFeatures + warpgroup * (kRowBlocks * 64),
                 piece.tile / params.feature_tiles * kTokens);
     }
+    // The copy engine reads this block's shared memory, which goes back with the block.
     if (params.store_by_copy_engine && thread == 0) {
       asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
