@@ -6,9 +6,12 @@
 
 One product a call, y [M, N] in bfloat16 from int8 x [M, K] and prepacked ternary weights [N, K]; Gaussian weights
 and activations, quantised as in a model. Peers see the same values in their own formats: F.linear in bfloat16,
-torch._int_mm (int32 result, no scales), torch._scaled_mm in fp8 with fast accumulation. All are timed in turns, so
-that they share clocks and the power limit, after rounds that are thrown away until both have settled. Every
-result is checked whole against the exact integers before it is timed.
+torch._int_mm (int32 result, no scales), torch._scaled_mm in fp8 with fast accumulation. Every result is checked
+whole against the exact integers before it is timed.
+
+Large products are bound by the power limit, so a time depends on what ran just before. Each is therefore timed
+twice: in turns of some 14 ms with the peers, at the clock that all of them bring about, and by itself, at its own
+clock, which it has reached before timing starts. The second is what a prefill or a training step sees.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from bitnet_ext.testing import (
     time_interleaved,
     write_json,
 )
-from bitnet_ext.testing.bench import Timing, device_name
+from bitnet_ext.testing.bench import Call, Timing, device_name
 from bitnet_ext.testing.products import BF16, FP8, GEMLITE, INT8, Ours, Peers, Problem
 from bitnet_ext.testing.script import (
     add_common_options,
@@ -123,15 +126,21 @@ def measure(
         ours = Ours(problem)
         peer_calls, skipped = Peers(problem, peer_names).calls(M)
         calls = {OURS: ours.calls(M, kernel_variable(args), constant=True)} | peer_calls
-        timings = time_interleaved(
-            calls,
-            device,
-            repeats=repeats,
-            min_block_seconds=0.0 if args.quick else args.seconds / repeats / len(calls),
-            graph_calls=GRAPH_CALLS,
-            settle_seconds=0.0 if args.quick else args.seconds / 2,
-        )
-        rows.append(row_of(M, N, K, timings, skipped, peak_tops))
+
+        def timed(variants: dict[str, list[Call]], seconds: float) -> dict[str, Timing]:
+            return time_interleaved(
+                variants,
+                device,
+                repeats=repeats,
+                min_block_seconds=0.0 if args.quick else seconds / repeats / len(variants),
+                graph_calls=GRAPH_CALLS,
+                settle_seconds=0.0 if args.quick else seconds / 2,
+            )
+
+        row = row_of(M, N, K, timed(calls, args.seconds), skipped, peak_tops)
+        alone = {name: timed({name: call}, args.seconds / 2)[name] for name, call in calls.items()}
+        row["alone"] = row_of(M, N, K, alone, skipped, peak_tops)
+        rows.append(row)
         del problem, ours, calls, peer_calls
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -146,7 +155,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", type=case, metavar="MxNxK", help=f"default: {' '.join(CASES)}")
     parser.add_argument(
         "--seconds", type=positive_number, default=0.5, metavar="S",
-        help="a case is measured for about so long, after half as long that is thrown away (default: 0.5)",
+        help="a case is measured for about so long in turns, and half as long for each variant by itself; "
+        "half as long again is thrown away first (default: 0.5)",
     )  # fmt: skip
     parser.add_argument(
         "--peak", type=positive_number, metavar="TOP/s", help="int8 peak of a device not known here"
@@ -165,7 +175,10 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     print(f"{device_name(facts)}, torch {torch.__version__}, int8 peak of the data sheet: ", end="")
     print("unknown" if peak_tops is None else f"{peak_tops:.0f} TOP/s")
     rows = measure(args.cases, device, args, peak_tops, repeats)
+    print("in turns:")
     print(format_table(columns(args.gemlite), [cells_of(row, args.gemlite) for row in rows]))
+    print("each by itself:")
+    print(format_table(columns(args.gemlite), [cells_of(row["alone"], args.gemlite) for row in rows]))
     path = result_path(args.json, HERE, "prefill", facts, args.quick)
     settings = {
         "cases": args.cases,

@@ -56,8 +56,8 @@ def check_sm90(
     plan: dict[str, Any], M: int, N: int, K: int, device: dict[str, Any], int8_weight: bool
 ) -> None:
     features, tokens, split = plan["features"], plan["tokens"], plan["split_tiles"]
-    compiled = {(128, 16), (128, 32), (128, 64), (128, 128), (256, 64), (256, 128)}
-    assert (features, tokens) in compiled - ({(256, 128)} if int8_weight else set())
+    compiled = {(128, 16), (128, 32), (128, 64), (128, 128), (128, 192), (256, 64), (256, 128)}
+    assert (features, tokens) in compiled - ({(128, 192), (256, 128)} if int8_weight else set())
     tiles, stages = up(N, features) * up(M, tokens), up(K, 256)
     # Blocks wait for one another, so all must run at once; and each must have work.
     assert 1 <= plan["blocks"] <= device["num_sms"] * (2 if tokens <= 32 else 1)

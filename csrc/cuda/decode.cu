@@ -198,12 +198,12 @@ __global__ void __launch_bounds__(kDecodeMaxWarps * 32)
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
           uint32_t a[4];
-          Weight::template fragment<2 * kPair>(weights[r], a);
+          Weight::fragment(weights[r], 2 * kPair, a);
 #pragma unroll
           for (int tile = 0; tile < kTokenTiles; ++tile) {
             mma_m16n8k32_s8(acc[r][tile], a[0], a[1], a[2], a[3], b[tile][0], b[tile][1]);
           }
-          Weight::template fragment<2 * kPair + 1>(weights[r], a);
+          Weight::fragment(weights[r], 2 * kPair + 1, a);
 #pragma unroll
           for (int tile = 0; tile < kTokenTiles; ++tile) {
             mma_m16n8k32_s8(acc[r][tile], a[0], a[1], a[2], a[3], b[tile][2], b[tile][3]);

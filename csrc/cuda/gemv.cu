@@ -114,13 +114,13 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
             uint32_t a[4];
-            Weight::template fragment<0>(weights[d][r], a);
+            Weight::fragment(weights[d][r], 0, a);
             mma_m16n8k32_s8(acc[r][0], a[0], a[1], a[2], a[3], b[0], b[1]);
-            Weight::template fragment<1>(weights[d][r], a);
+            Weight::fragment(weights[d][r], 1, a);
             mma_m16n8k32_s8(acc[r][1], a[0], a[1], a[2], a[3], b[2], b[3]);
-            Weight::template fragment<2>(weights[d][r], a);
+            Weight::fragment(weights[d][r], 2, a);
             mma_m16n8k32_s8(acc[r][0], a[0], a[1], a[2], a[3], b[4], b[5]);
-            Weight::template fragment<3>(weights[d][r], a);
+            Weight::fragment(weights[d][r], 3, a);
             mma_m16n8k32_s8(acc[r][1], a[0], a[1], a[2], a[3], b[6], b[7]);
           }
         }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/plans.h"
@@ -66,6 +67,10 @@ inline DecodePlan decode_plan(
           const int64_t passes = divide_up(num_kb, kDecodeMaxWarps / per_sm / teams);
           if (depth == 4 && ternary && (passes < 4 || (row_tiles == 2 && M > 8))) continue;
           plan.splits = static_cast<int>(divide_up(num_kb, passes));
+          // One warp less where all of them then have equally much to do (14336 x 4096, M = 16: 9.2 us,
+          // not 9.6)
+          const bool even = num_kb % plan.splits == 0 || plan.splits <= 3 || num_kb % (plan.splits - 1) != 0;
+          if (!even) --plan.splits;
           plan.warps = static_cast<int>(teams) * plan.splits;
           plan.row_tiles = row_tiles;
           plan.depth = depth;
@@ -103,20 +108,22 @@ constexpr GemmTile sm80_gemm_tile(int64_t M, int64_t N, int num_sms) {
   return best;
 }
 
-// Many tokens on Hopper: the tile that should take the least time. A block's time is a start, its stages (256
-// columns of K) and, where tiles are split over blocks, the exchange of partial sums.
+// Many tokens on Hopper: the tile that should take the least time. A block's time is, for each tile, its
+// stages (256 columns of K) and its end, and, where tiles are split over blocks, the exchange of partial
+// sums.
 inline Sm90Plan sm90_plan(int64_t M, int64_t N, int64_t K, WeightKind kind, int num_sms) {
   struct Candidate {
     int features, tokens;
-    double stage_us;  // with every multiprocessor busy
-    double split_us;  // of exchanging partial tiles
+    double stage_us, end_us;      // with every multiprocessor busy
+    double exchange_us, part_us;  // of a split, and of each block that takes part in it
   };
-  constexpr Candidate kCandidates[] = {{256, 128, 1.39, 20.0},
-                                       {128, 128, 0.73, 6.4},
-                                       {256, 64, 0.84, 6.0},
-                                       {128, 64, 0.51, 3.8},
-                                       {128, 32, 0.42, 3.5},
-                                       {128, 16, 0.36, 3.5}};
+  constexpr Candidate kCandidates[] = {{256, 128, 1.135, 3.2, 2.4, 1.5},
+                                       {128, 192, 0.86, 2.1, 1.7, 1.5},
+                                       {128, 128, 0.58, 1.4, 2.0, 0.65},
+                                       {256, 64, 0.60, 2.0, 2.0, 0.9},
+                                       {128, 64, 0.356, 1.45, 1.2, 0.6},
+                                       {128, 32, 0.33, 0.9, 0.9, 0.65},
+                                       {128, 16, 0.30, 0.9, 0.9, 0.65}};
   const int64_t stages = divide_up(K, 256);
   Sm90Plan best = {};
   for (const Candidate& c : kCandidates) {
@@ -124,28 +131,29 @@ inline Sm90Plan sm90_plan(int64_t M, int64_t N, int64_t K, WeightKind kind, int 
     if (c.tokens > 16 && c.tokens >= 2 * M) continue;
     const int64_t tiles = divide_up(N, c.features) * divide_up(M, c.tokens);
     const int64_t slots = int64_t{num_sms} * sm90_blocks_per_sm(c.tokens);
-    const auto consider = [&](int64_t blocks, int64_t split_tiles, double rounds_of_stages, double extra_us) {
+    const auto consider = [&](int64_t blocks, int64_t split_tiles, double tiles_a_block, double parts) {
       // Two narrow blocks on one multiprocessor slow each other down.
-      const double us = rounds_of_stages * c.stage_us * (blocks > num_sms ? 1.5 : 1.0) + extra_us;
+      double us = tiles_a_block * static_cast<double>(stages) * c.stage_us * (blocks > num_sms ? 1.5 : 1.0) +
+                  std::ceil(tiles_a_block) * c.end_us;
+      if (split_tiles > 0) us += c.exchange_us + parts * c.part_us;
       if (best.blocks != 0 && us >= best.us) return;
       best = {c.features, c.tokens, static_cast<uint32_t>(blocks), split_tiles, us};
     };
     const int64_t rounds = divide_up(tiles, slots);
-    consider(divide_up(tiles, rounds), 0, static_cast<double>(rounds * stages), 0.0);
+    consider(divide_up(tiles, rounds), 0, static_cast<double>(rounds), 0.0);
     if (rounds > 1) {
       // The tiles of the last, partly filled round and of the round before it, in shares of more than a tile.
       if (tiles % slots == 0) continue;
-      const int64_t split = tiles % slots + slots;
-      const double whole = static_cast<double>((tiles - split) / slots * stages);
-      consider(
-          slots, split, whole + static_cast<double>(split * stages) / static_cast<double>(slots), c.split_us);
+      constexpr double kParts = 5.0;  // as if, for the cuts fall anywhere
+      consider(slots, tiles % slots + slots, static_cast<double>(tiles) / static_cast<double>(slots), kParts);
       continue;
     }
     // Less than a round: each tile in equal parts, which end at the same time.
     for (int64_t parts = 2; parts * tiles <= num_sms && 2 * parts <= stages; ++parts) {
-      constexpr double kPartUs = 0.15;
-      const double exchange_us = c.split_us + kPartUs * static_cast<double>(parts);
-      consider(parts * tiles, tiles, static_cast<double>(divide_up(stages, parts)), exchange_us);
+      consider(parts * tiles,
+               tiles,
+               static_cast<double>(divide_up(stages, parts)) / static_cast<double>(stages),
+               static_cast<double>(parts));
     }
   }
   return best;
@@ -161,7 +169,7 @@ inline bool prefers_sm80_gemm(int64_t M, int64_t N, int64_t K, WeightKind kind, 
   if (area > 64 * 64) return false;
   if (divide_up(N, tile_features(tile)) * divide_up(M, tile_tokens(tile)) > num_sms) return false;
   const double us_of_512 = area <= 32 * 32 ? 0.46 : area <= 64 * 32 ? 0.65 : 0.9;
-  constexpr double kSm90StartUs = 0.9;  // more than the other's
+  constexpr double kSm90StartUs = 1.5;  // more than the other's
   return us_of_512 * static_cast<double>(K) / 512.0 < sm90_plan(M, N, K, kind, num_sms).us + kSm90StartUs;
 }
 

@@ -71,7 +71,7 @@ constexpr int tile_tokens(GemmTile tile) {
 
 struct Sm90Plan {
   int features;         // of a tile: 128, or 256 with tokens >= 64
-  int tokens;           // of a tile: 16, 32, 64 or 128
+  int tokens;           // of a tile: 16, 32, 64, 128 or 192; 192 for 128 features of ternary weights
   uint32_t blocks;      // at most sm90_blocks_per_sm a multiprocessor: all of them run at the same time
   int64_t split_tiles;  // the first tiles, whose K is divided evenly over the blocks; the others stay whole
   double us;            // estimated time of the work itself, without the start

@@ -172,7 +172,7 @@ struct WarpProduct {
             ring + weight + i * Traits::kSlices * Traits::kBlockBytes + kStep * kVectorBytes);
       }
       uint32_t a[4];
-      Weight::template fragment<kStep>(vectors[i], a);
+      Weight::fragment(vectors[i], kStep, a);
 #pragma unroll
       for (int j = 0; j < Traits::kTilesM; ++j) {
         mma_m16n8k32_s8(acc[i][j], a[0], a[1], a[2], a[3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);

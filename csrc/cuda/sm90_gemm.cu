@@ -40,12 +40,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Weight = typename Traits::Weight;
   constexpr int kStages = Traits::kStages, kRowBlocks = Traits::kRowBlocks, kTokens = Traits::kTokens;
-  extern __shared__ uint8_t unaligned[];
-  uint8_t* shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
+  extern __shared__ __align__(1024) uint8_t shared[];  // as the swizzle needs it
   uint8_t* out_staging = shared + kStages * Traits::kStageBytes;
-  float* act_scales = reinterpret_cast<float*>(out_staging + Traits::kOutBuffers * Traits::kBytesOut);
-  uint64_t* full = reinterpret_cast<uint64_t*>(act_scales + kConsumers * kTokens);
+  ColumnFactors* factors = reinterpret_cast<ColumnFactors*>(out_staging + kConsumers * Traits::kBytesOut);
+  float* act_scales = reinterpret_cast<float*>(factors + Traits::kFeatures);
+  uint64_t* full = reinterpret_cast<uint64_t*>(act_scales + kTokens);
   uint64_t* empty = full + kStages;
+  const TileScales<Traits> scales{factors, act_scales, empty + kStages, empty + kStages + 1};
 
   const WorkSplit& work = params.work;
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
@@ -54,6 +55,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
       mbarrier_init(full + stage, 1);
       mbarrier_init(empty + stage, kConsumers * kWarpgroup / 32);
     }
+    mbarrier_init(scales.full, 32);
+    mbarrier_init(scales.empty, kConsumers * kWarpgroup / 32);
     mbarrier_init_fence();
     tma_prefetch_map(&x_map);
     tma_prefetch_map(&weight_map);
@@ -64,11 +67,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   allow_next_kernel();
 
   if (warpgroup == kConsumers) {
-    // Producer: one thread
     if constexpr (!Traits::kNarrow) {
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     }
-    if (threadIdx.x == kConsumers * kWarpgroup) {
+    const int warp = static_cast<int>(threadIdx.x) / 32 - kConsumers * kWarpgroup / 32;
+    if (warp == 0 && threadIdx.x % 32 == 0) {  // one thread gives the copy engine its work
       WorkCursor cursor(work, static_cast<int>(blockIdx.x));
       WorkPiece piece;
       int stage = 0;
@@ -100,6 +103,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
           }
         }
       }
+    } else if (warp == 1 && !params.product.raw) {
+      WorkCursor cursor(work, static_cast<int>(blockIdx.x));
+      WorkPiece piece;
+      uint32_t phase = 0;
+      while (cursor.next(work, piece)) {
+        if (piece.begin > 0) continue;  // another block stores that tile
+        scales.load(params.product,
+                    piece.tile % params.feature_tiles * Traits::kFeatures,
+                    piece.tile / params.feature_tiles * kTokens,
+                    static_cast<int>(threadIdx.x) % 32,
+                    phase);
+        phase ^= 1;
+      }
     }
   } else {
     if constexpr (!Traits::kNarrow) {
@@ -109,12 +125,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     const int warp = thread / 32, lane = thread % 32;
     const TileStore<Traits> store{params,
                                   &out_map,
-                                  out_staging + warpgroup * kRowBlocks * Traits::kBytesOut,
-                                  act_scales + warpgroup * kTokens,
-                                  warpgroup,
-                                  thread};
-    const PartialTile<Traits> shares{
-        reinterpret_cast<int4*>(params.product.partials), params.product.flags, warpgroup, thread};
+                                  out_staging + warpgroup * Traits::kBytesOut,
+                                  factors + warpgroup * kRowBlocks * 64,
+                                  act_scales};
+    const PartialTile<Traits> shares{reinterpret_cast<int4*>(params.product.partials), params.product.flags};
 
     // Where this thread's vectors of weights lie in a stage
     const int weight_offset =
@@ -125,7 +139,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     WorkCursor cursor(work, static_cast<int>(blockIdx.x));
     WorkPiece piece;
     int stage = 0;
-    uint32_t phase = 0;
+    uint32_t phase = 0, scales_phase = 0;
     while (cursor.next(work, piece)) {
       for (int k_stage = piece.begin; k_stage < piece.end; ++k_stage) {
         const uint8_t* stage_data = shared + stage * Traits::kStageBytes;
@@ -155,16 +169,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
           }
 #pragma unroll
           for (int block = 0; block < kRowBlocks; ++block) {
-            if (first == 0) {
-              Weight::template fragment<0>(packed[block], mine[block][0]);
-              Weight::template fragment<1>(packed[block], mine[block][1]);
-              if constexpr (kSteps == 4) {
-                Weight::template fragment<2>(packed[block], mine[block][2]);
-                Weight::template fragment<3>(packed[block], mine[block][3]);
-              }
-            } else {
-              Weight::template fragment<2>(packed[block], mine[block][0]);
-              Weight::template fragment<3>(packed[block], mine[block][1]);
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+              Weight::fragment(packed[block], first + step, mine[block][step]);
             }
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) wgmma_operand(mine[block][step]);
@@ -204,16 +211,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
         shares.contribute(acc[0]);
         continue;
       }
+      const int first = static_cast<int>(blockIdx.x) + 1;
+      int last = first;  // the launcher leaves no block without a share, so contributors follow each other
       if (piece.end < work.num_stages) {
-        // The launcher leaves no block without a share, so the contributors follow each other.
-        const int tile_end = (piece.tile + 1) * work.num_stages, first = static_cast<int>(blockIdx.x) + 1;
-        int last = first;
-        while (work.share_begin(last) < tile_end) ++last;
-        shares.collect(first, last, acc[0]);
+        last = work.first_block_beyond(piece.tile);
+        shares.await(first, last);
       }
-      store.run(acc[0],
-                piece.tile % params.feature_tiles * Traits::kFeatures + warpgroup * (kRowBlocks * 64),
-                piece.tile / params.feature_tiles * kTokens);
+      if (!params.product.raw) mbarrier_wait(scales.full, scales_phase);
+      const int first_n =
+          piece.tile % params.feature_tiles * Traits::kFeatures + warpgroup * (kRowBlocks * 64);
+      const int first_m = piece.tile / params.feature_tiles * kTokens;
+#pragma unroll
+      for (int block = 0; block < kRowBlocks; ++block) {
+        shares.add(first, last, block, acc[0][block]);
+        store.run(acc[0][block], block, first_n, first_m);
+      }
+      if (!params.product.raw) {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(scales.empty);
+        scales_phase ^= 1;
+      }
     }
     // The copy engine reads this block's shared memory, which goes back with the block.
     if (params.store_by_copy_engine && thread == 0) {
@@ -309,6 +326,11 @@ cudaError_t launch_tokens(const ProductArgs& args, const Sm90Plan& plan, cudaStr
       // int8 weights would need more registers than there are
       if constexpr (kFeatures * Weight::kVectors <= 512) {
         return launch<Sm90Traits<Weight, kFeatures, 128>>(args, plan, stream);
+      }
+      return cudaErrorInvalidValue;
+    case 192:
+      if constexpr (kFeatures * Weight::kVectors == 128) {
+        return launch<Sm90Traits<Weight, 128, 192>>(args, plan, stream);
       }
       return cudaErrorInvalidValue;
     default:

@@ -1,10 +1,11 @@
-// A tile of sm90_gemm.cu: its sizes, how the sums of a tile that several blocks share come together, and the
-// way from sums to memory.
+// A tile of sm90_gemm.cu: its sizes, its scales, how the sums of a tile that several blocks share come
+// together, and the way from sums to memory.
 #pragma once
 
 #include "cuda/common/epilogue.cuh"
 #include "cuda/common/weight.cuh"
 #include "cuda/common/work_split.cuh"
+#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -34,16 +35,16 @@ struct Sm90Traits {
   static constexpr int kSteps = kNarrow || kRowBlocks * kTokens >= 256 ? 2 : kStepsPerBlock;
   static constexpr int kGroups = kHalves * kStepsPerBlock / kSteps;
   static_assert(kChains <= kSteps, "the first group starts every chain of sums");
-  // A narrow tile's producer is a warp. A wide one's is a warpgroup, because registers are handed over by
-  // warpgroups.
-  static constexpr int kThreads = kConsumers * kWarpgroup + (kNarrow ? 32 : kWarpgroup);
+  // Two warps produce, one the stages and one the scales. In a wide tile they belong to a whole warpgroup,
+  // because registers are handed over by warpgroups.
+  static constexpr int kThreads = kConsumers * kWarpgroup + (kNarrow ? 64 : kWarpgroup);
   static constexpr int kBytesX = kTokens * kBlockCols;       // of a half
   static constexpr int kBytesTile = 512 * Weight::kVectors;  // of 16 x 128 weights
   static constexpr int kBytesW = kFeatures / kBlockRows * kHalves * kBytesTile;
   static constexpr int kStageBytes = kHalves * kBytesX + kBytesW;
   static constexpr int kBytesOut = kTokens * 128;  // 64 features in 16 bits
-  static constexpr int kOutBuffers = kConsumers * kRowBlocks;
-  static constexpr int kFixedBytes = 1024 + kOutBuffers * kBytesOut + kConsumers * kTokens * 4 + 256;
+  static constexpr int kBarriers = 256;            // bytes
+  static constexpr int kFixedBytes = kConsumers * kBytesOut + kFeatures * 8 + kTokens * 4 + kBarriers;
   static constexpr int kFit =
       (kMaxShared / kBlocksPerSm - 1024 * (kBlocksPerSm - 1) - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
@@ -59,13 +60,48 @@ struct Sm90Params {
   bool store_by_copy_engine;  // 16-bit results in rows that it can write
 };
 
-__device__ __forceinline__ uint32_t pack_16_bit(float low, float high, DType dtype) {
-  if (dtype == DType::kBFloat16) {
+// The scales and the bias of a tile in shared memory. A warp of its own brings them there while the tile is
+// computed: two trips to L2 at the end of a tile cost 1,000 of its 33,000 clocks (K = 4,096).
+template <typename Traits>
+struct TileScales {
+  ColumnFactors* factors;  // [kFeatures]
+  float* act_scales;       // [kTokens]
+  uint64_t* full;
+  uint64_t* empty;
+
+  __device__ __forceinline__ void load(
+      const ProductArgs& args, int first_n, int first_m, int lane, uint32_t phase) const {
+    mbarrier_wait(empty, phase ^ 1);
+    for (int i = lane; i < Traits::kTokens; i += 32) {
+      act_scales[i] = first_m + i < args.M ? args.act_scale[first_m + i] : 0.0f;
+    }
+    for (int i = lane; i < Traits::kFeatures; i += 32) {
+      factors[i] = first_n + i < args.N ? column_factors(args, first_n + i) : ColumnFactors{0.0f, 0.0f};
+    }
+    mbarrier_arrive(full);
+  }
+};
+
+struct PackBFloat16 {
+  __device__ __forceinline__ uint32_t operator()(float low, float high) const {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
+};
+
+struct PackFloat16 {
+  __device__ __forceinline__ uint32_t operator()(float low, float high) const {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+};
+
+// threadIdx.x, read anew: addresses that depend on it are then computed at the end of a tile and not kept,
+// through the main loop, in registers that are not there.
+__device__ __forceinline__ int read_thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
 // One consumer warpgroup's share of a tile, from its sums to memory.
@@ -74,94 +110,124 @@ struct TileStore {
   static constexpr int kTokens = Traits::kTokens;
   const Sm90Params& params;
   const CUtensorMap* out_map;
-  uint8_t* staging;   // [kRowBlocks][kTokens][128 bytes], swizzled
-  float* act_scales;  // [kTokens]
-  int warpgroup, thread;
+  uint8_t* staging;              // [kTokens][128 bytes], swizzled
+  const ColumnFactors* factors;  // of this warpgroup's features
+  const float* act_scales;
 
-  __device__ __forceinline__ void run(int (&acc)[Traits::kRowBlocks][Traits::kAcc],
+  // Row block `block` of 64 features of the warpgroup's share, which begins at feature first_n.
+  __device__ __forceinline__ void run(const int (&acc)[Traits::kAcc],
+                                      int block,
                                       int first_n,
                                       int first_m) const {
     const ProductArgs& args = params.product;
-    const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const bool staged = !args.raw && args.out_dtype != DType::kFloat32;
-    if (!args.raw) {
-      for (int token = thread; token < kTokens; token += kWarpgroup) {
-        act_scales[token] = first_m + token < args.M ? args.act_scale[first_m + token] : 0.0f;
-      }
+    const int thread = read_thread_index() % kWarpgroup;
+    if (args.raw || args.out_dtype == DType::kFloat32) {
+      store_32_bit(thread, acc, factors + block * 64, first_n + block * 64, first_m);
+    } else {
+      store_16_bit(thread, acc, factors + block * 64, first_n + block * 64, first_m);
     }
-    if (staged && params.store_by_copy_engine && thread == 0) tma_store_wait_read();
-    named_barrier_sync(1 + warpgroup, kWarpgroup);
+  }
 
+ private:
+  // Of 64, the first of the two rows of a thread; the other is 8 further on.
+  static __device__ __forceinline__ int row(int thread) {
+    return thread / 32 * 16 + thread % 32 / 4;
+  }
+
+  __device__ __forceinline__ void store_32_bit(int thread,
+                                               const int (&acc)[Traits::kAcc],
+                                               const ColumnFactors* factors,
+                                               int first_n,
+                                               int first_m) const {
+    const ProductArgs& args = params.product;
+    const int n = first_n + row(thread), first_token = first_m + 2 * (thread % 4);
+    const ColumnFactors mine[2] = {factors[row(thread)], factors[row(thread) + 8]};
+    const float* scales = act_scales + 2 * (thread % 4);
+    uint32_t* out = static_cast<uint32_t*>(args.out) + first_token * args.N + n;
 #pragma unroll
-    for (int block = 0; block < Traits::kRowBlocks; ++block) {
-      const int n = first_n + block * 64 + warp * 16 + g;
-      ColumnFactors factors[2];
+    for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = first_token + j * 8 + i % 2, eight = i / 2 * 8;
+        if (token >= args.M || n + eight >= args.N) continue;
+        const int sum = acc[4 * j + i] >> Traits::Weight::kShift;
+        out[i % 2 * args.N + eight] =
+            args.raw ? static_cast<uint32_t>(sum)
+                     : __float_as_uint(scaled_output(args, sum, scales[j * 8 + i % 2], mine[i / 2]));
+      }
+      out += 8 * args.N;
+    }
+  }
+
+  // A conversion and the choice of a bias cost a quarter of the instructions when each output makes them.
+  template <typename Pack, bool kBias>
+  __device__ __forceinline__ void stage(int thread,
+                                        const int (&acc)[Traits::kAcc],
+                                        const ColumnFactors* factors) const {
+    const int warp = thread / 32, lane = thread % 32;
+    const ColumnFactors mine[2] = {factors[row(thread)], factors[row(thread) + 8]};
+    const auto output = [&](int index, float act_scale) {
+      return scaled_output<kBias>(acc[index] >> Traits::Weight::kShift, act_scale, mine[index / 2 % 2]);
+    };
+    const float* scales = act_scales + 2 * (lane % 4);
+    uint8_t* target =
+        staging + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; j += 2) {
+      uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        factors[i] = n + 8 * i < args.N ? column_factors(args, n + 8 * i) : ColumnFactors{0.0f, 0.0f};
+        const float2 scale = *reinterpret_cast<const float2*>(scales + (j + i) * 8);
+        const int index = (j + i) * 4;
+        pairs[2 * i] = Pack{}(output(index, scale.x), output(index + 1, scale.y));
+        pairs[2 * i + 1] = Pack{}(output(index + 2, scale.x), output(index + 3, scale.y));
       }
-      const auto output = [&](int index, float act_scale) {
-        return scaled_output(
-            args, acc[block][index] >> Traits::Weight::kShift, act_scale, factors[index / 2 % 2]);
-      };
-      if (staged) {
-        uint8_t* target = staging + block * Traits::kBytesOut;
-#pragma unroll
-        for (int j = 0; j < kTokens / 8; j += 2) {
-          uint32_t pairs[4];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float2 scale = *reinterpret_cast<const float2*>(act_scales + (j + i) * 8 + 2 * t);
-            const int index = (j + i) * 4;
-            pairs[2 * i] = pack_16_bit(output(index, scale.x), output(index + 1, scale.y), args.out_dtype);
-            pairs[2 * i + 1] =
-                pack_16_bit(output(index + 2, scale.x), output(index + 3, scale.y), args.out_dtype);
-          }
-          const int token = (j + lane / 16) * 8 + lane % 8;
-          const int piece = (2 * warp + lane / 8 % 2) ^ lane % 8;
-          stmatrix_x4_transposed(target + token * 128 + piece * 16, pairs);
-        }
-      } else {
-#pragma unroll
-        for (int index = 0; index < Traits::kAcc; ++index) {
-          const int token = index / 4 * 8 + 2 * t + index % 2;
-          const int row = n + index / 2 % 2 * 8;
-          if (first_m + token >= args.M || row >= args.N) continue;
-          const int64_t offset = static_cast<int64_t>(first_m + token) * args.N + row;
-          if (args.raw) {
-            static_cast<int32_t*>(args.out)[offset] = acc[block][index] >> Traits::Weight::kShift;
-          } else {
-            static_cast<float*>(args.out)[offset] = output(index, act_scales[token]);
-          }
-        }
-      }
+      stmatrix_x4_transposed(target + j * 8 * 128, pairs);
     }
-    if (!staged) {
-      named_barrier_sync(1 + warpgroup, kWarpgroup);  // the act_scales have been read
-      return;
+  }
+
+  template <typename Pack>
+  __device__ __forceinline__ void stage(int thread,
+                                        const int (&acc)[Traits::kAcc],
+                                        const ColumnFactors* factors) const {
+    if (params.product.bias != nullptr) {
+      stage<Pack, true>(thread, acc, factors);
+    } else {
+      stage<Pack, false>(thread, acc, factors);
+    }
+  }
+
+  __device__ __forceinline__ void store_16_bit(int thread,
+                                               const int (&acc)[Traits::kAcc],
+                                               const ColumnFactors* factors,
+                                               int first_n,
+                                               int first_m) const {
+    const ProductArgs& args = params.product;
+    const int warpgroup = read_thread_index() / kWarpgroup;
+    if (params.store_by_copy_engine && thread == 0) tma_store_wait_read();
+    named_barrier_sync(1 + warpgroup, kWarpgroup);  // the staging is free
+    if (args.out_dtype == DType::kBFloat16) {
+      stage<PackBFloat16>(thread, acc, factors);
+    } else {
+      stage<PackFloat16>(thread, acc, factors);
     }
     if (params.store_by_copy_engine) fence_async_proxy();
     named_barrier_sync(1 + warpgroup, kWarpgroup);
     if (params.store_by_copy_engine) {
       if (thread == 0) {
-#pragma unroll
-        for (int block = 0; block < Traits::kRowBlocks; ++block) {
-          tma_store_2d(out_map, staging + block * Traits::kBytesOut, first_n + block * 64, first_m);
-        }
+        tma_store_2d(out_map, staging, first_n, first_m);
         tma_store_commit();
       }
       return;
     }
-    for (int i = thread; i < Traits::kRowBlocks * 64 * kTokens; i += kWarpgroup) {
-      const int feature = i % 64, token = i / 64 % kTokens, block = i / 64 / kTokens;
-      const int n = first_n + block * 64 + feature;
-      if (first_m + token >= args.M || n >= args.N) continue;
+#pragma unroll 1
+    for (int i = thread; i < 64 * kTokens; i += kWarpgroup) {
+      const int feature = i % 64, token = i / 64;
+      if (first_m + token >= args.M || first_n + feature >= args.N) continue;
       const int piece = feature / 8 ^ token % 8;
-      static_cast<uint16_t*>(args.out)[static_cast<int64_t>(first_m + token) * args.N + n] =
-          *reinterpret_cast<const uint16_t*>(staging + block * Traits::kBytesOut + token * 128 + piece * 16 +
-                                             feature % 8 * 2);
+      static_cast<uint16_t*>(args.out)[static_cast<int64_t>(first_m + token) * args.N + first_n + feature] =
+          *reinterpret_cast<const uint16_t*>(staging + token * 128 + piece * 16 + feature % 8 * 2);
     }
-    named_barrier_sync(1 + warpgroup, kWarpgroup);
   }
 };
 
@@ -172,14 +238,15 @@ struct PartialTile {
   static constexpr int kSums = Traits::kRowBlocks * Traits::kAcc;  // of a thread
   int4* partials;                                                  // [blocks][kConsumers][kSums / 4][128]
   uint32_t* flags;                                                 // [blocks][kConsumers]
-  int warpgroup, thread;
 
-  __device__ __forceinline__ int4* of_block(int block) const {
-    return partials + (int64_t{block} * kConsumers + warpgroup) * (kSums / 4) * kWarpgroup + thread;
+  __device__ __forceinline__ int4* of_block(int block, int thread) const {
+    return partials + int64_t{block * kConsumers + thread / kWarpgroup} * (kSums / 4) * kWarpgroup +
+           thread % kWarpgroup;
   }
 
   __device__ __forceinline__ void contribute(const int (&acc)[Traits::kRowBlocks][Traits::kAcc]) const {
-    int4* mine = of_block(static_cast<int>(blockIdx.x));
+    const int thread = read_thread_index(), warpgroup = thread / kWarpgroup;
+    int4* mine = of_block(static_cast<int>(blockIdx.x), thread);
 #pragma unroll
     for (int i = 0; i < kSums / 4; ++i) {
       const int* sums = acc[i * 4 / Traits::kAcc] + i * 4 % Traits::kAcc;
@@ -187,19 +254,18 @@ struct PartialTile {
     }
     __threadfence();
     named_barrier_sync(1 + warpgroup, kWarpgroup);
-    if (thread == 0) {
+    if (thread % kWarpgroup == 0) {
       asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flags + blockIdx.x * kConsumers + warpgroup)
                    : "memory");
     }
   }
 
-  // Adds what blocks first .. last - 1 have contributed. Their flags are awaited side by side, a thread each:
+  // Waits for what blocks first .. last - 1 contribute. Their flags are awaited side by side, a thread each:
   // one after the other they would cost a trip to L2 each.
-  __device__ __forceinline__ void collect(int first,
-                                          int last,
-                                          int (&acc)[Traits::kRowBlocks][Traits::kAcc]) const {
+  __device__ __forceinline__ void await(int first, int last) const {
+    const int thread = read_thread_index(), warpgroup = thread / kWarpgroup;
 #pragma unroll 1
-    for (int block = first + thread; block < last; block += kWarpgroup) {
+    for (int block = first + thread % kWarpgroup; block < last; block += kWarpgroup) {
       uint32_t* flag = flags + block * kConsumers + warpgroup;
       uint32_t ready = 0;
       while (ready == 0) {
@@ -209,18 +275,22 @@ struct PartialTile {
     }
     __threadfence();
     named_barrier_sync(1 + warpgroup, kWarpgroup);
+  }
+
+  // Adds their sums of a row block.
+  __device__ __forceinline__ void add(int first, int last, int row_block, int (&acc)[Traits::kAcc]) const {
+    const int thread = read_thread_index();
     constexpr int kInFlight = kSums <= 8 ? 4 : 1;  // of the others' tiles, as registers allow
 #pragma unroll kInFlight
     for (int block = first; block < last; ++block) {
-      const int4* other = of_block(block);
+      const int4* other = of_block(block, thread) + row_block * (Traits::kAcc / 4) * kWarpgroup;
 #pragma unroll
-      for (int i = 0; i < kSums / 4; ++i) {
+      for (int i = 0; i < Traits::kAcc / 4; ++i) {
         const int4 v = __ldcg(other + i * kWarpgroup);
-        int* sums = acc[i * 4 / Traits::kAcc] + i * 4 % Traits::kAcc;
-        sums[0] += v.x;
-        sums[1] += v.y;
-        sums[2] += v.z;
-        sums[3] += v.w;
+        acc[4 * i] += v.x;
+        acc[4 * i + 1] += v.y;
+        acc[4 * i + 2] += v.z;
+        acc[4 * i + 3] += v.w;
       }
     }
   }

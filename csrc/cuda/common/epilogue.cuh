@@ -28,12 +28,18 @@ __device__ __forceinline__ ColumnFactors column_factors(const ProductArgs& args,
 
 // Each operation is rounded by itself: the reference computes it that way, and a fused multiply-add would
 // not.
+template <bool kBias>
+__device__ __forceinline__ float scaled_output(int acc, float act_scale, const ColumnFactors& factors) {
+  const float product = __fmul_rn(__fmul_rn(__int2float_rn(acc), act_scale), factors.scale);
+  return kBias ? __fadd_rn(product, factors.bias) : product;
+}
+
 __device__ __forceinline__ float scaled_output(const ProductArgs& args,
                                                int acc,
                                                float act_scale,
                                                const ColumnFactors& factors) {
-  const float product = __fmul_rn(__fmul_rn(__int2float_rn(acc), act_scale), factors.scale);
-  return args.bias != nullptr ? __fadd_rn(product, factors.bias) : product;
+  return args.bias != nullptr ? scaled_output<true>(acc, act_scale, factors)
+                              : scaled_output<false>(acc, act_scale, factors);
 }
 
 // Writes out[m, n].

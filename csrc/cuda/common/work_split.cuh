@@ -22,9 +22,16 @@ struct WorkSplit {
   int num_stages;  // of a tile
   int blocks;
 
-  // Where block b's share of the row of stages begins.
+  // Where block b's share of the row of stages begins: floor(b * total / blocks), in 32 bits because a 64-bit
+  // division is a function call.
   __host__ __device__ __forceinline__ int share_begin(int b) const {
-    return static_cast<int>(static_cast<int64_t>(split_tiles * num_stages) * b / blocks);
+    const int total = split_tiles * num_stages;
+    return b * (total / blocks) + b * (total % blocks) / blocks;
+  }
+
+  // The first block whose share begins where a split tile ends, or beyond it.
+  __host__ __device__ __forceinline__ int first_block_beyond(int tile) const {
+    return ((tile + 1) * blocks + split_tiles - 1) / split_tiles;
   }
 };
 
