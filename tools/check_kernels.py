@@ -5,7 +5,7 @@
 Compiles every csrc/cuda/*.cu for each architecture and prints, a kernel a line, its registers, shared memory,
 stack and spills as ptxas reports them. Fails when a kernel spills or has a stack frame, or when its machine
 code lacks what it was written for: tensor-core instructions in the products, none of them serialised, and 16-byte
-accesses wherever memory is the bound. A compiler that stops vectorising is otherwise seen only as lost speed.
+accesses wherever memory is the bound. Also when registers are touched that a product in flight still uses. A compiler that stops vectorising is otherwise seen only as lost speed.
 
 Needs nvcc, and nvdisasm, which the package nvidia-cuda-nvdisasm brings when the toolkit lacks it.
 """
@@ -22,6 +22,8 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from wgmma_hazards import hazards
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -147,7 +149,7 @@ def compile_source(source: Path, arch: str, nvcc: str, nvdisasm: str, folder: Pa
     for line in run([nvdisasm, "-c", str(cubin)]).splitlines():
         if match := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
             section = kernels.get(match[1])
-        elif section is not None and re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+        elif section is not None and re.match(r"\s*/\*[0-9a-f]{4,}\*/|\.L_\w+:", line):
             section.code.append(line)
     for mangled, name in demangle(list(kernels)).items():
         kernels[mangled].name = name
@@ -162,6 +164,7 @@ def problems_of(kernels: list[Kernel]) -> list[str]:
             found.append(f"{where}: {k.stack} bytes of stack, {k.spills} bytes of spills; both must be 0")
         if not k.code:
             found.append(f"{where}: nvdisasm printed no machine code")
+        found += [f"{where}: touches a register of a product in flight: {line}" for line in hazards(k.code)]
     for arch in sorted({k.arch for k in kernels}):
         for rule in RULES:
             if rule.arch not in ("", arch):

@@ -168,9 +168,8 @@ inline bool prefers_sm80_gemm(int64_t M, int64_t N, int64_t K, WeightKind kind, 
   const int64_t area = int64_t{tile_features(tile)} * tile_tokens(tile);
   if (area > 64 * 64) return false;
   if (divide_up(N, tile_features(tile)) * divide_up(M, tile_tokens(tile)) > num_sms) return false;
-  const double us_of_512 = area <= 32 * 32 ? 0.46 : area <= 64 * 32 ? 0.65 : 0.9;
-  constexpr double kSm90StartUs = 1.5;  // more than the other's
-  return us_of_512 * static_cast<double>(K) / 512.0 < sm90_plan(M, N, K, kind, num_sms).us + kSm90StartUs;
+  const double us_of_512 = area <= 32 * 32 ? 0.55 : area <= 64 * 32 ? 0.76 : 1.25;
+  return us_of_512 * static_cast<double>(K) / 512.0 < sm90_plan(M, N, K, kind, num_sms).us;
 }
 
 // The kernel for a product. `sm90`: the device and this build have wgmma, and the copy engine can read x.

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
       mbarrier_init(empty + stage, kConsumers * kWarpgroup / 32);
     }
     mbarrier_init(scales.full, 32);
-    mbarrier_init(scales.empty, kConsumers * kWarpgroup / 32);
+    mbarrier_init(scales.empty, kConsumers * kWarpgroup);
     mbarrier_init_fence();
     tma_prefetch_map(&x_map);
     tma_prefetch_map(&weight_map);
@@ -151,24 +151,30 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
           constexpr int kBuffers = 2;
           uint32_t(&mine)[kRowBlocks][kSteps][4] = a[group % kBuffers];
           const int half = group * kSteps / kStepsPerBlock, first = group * kSteps % kStepsPerBlock;
-          if (first == 0) {
+          // The vectors that this group needs: all steps of a block of ternary weights lie in one
+          const auto load_weights = [&] {
+            constexpr bool kOneEach = Traits::kOperandsFromMemory;
 #pragma unroll
             for (int block = 0; block < kRowBlocks; ++block) {
+              const uint8_t* weights =
+                  stage_data + weight_offset + (block * 4 * kHalves + half) * Traits::kBytesTile;
 #pragma unroll
-              for (int v = 0; v < Weight::kVectors; ++v) {
-                packed[block][v] = *reinterpret_cast<const uint4*>(
-                    stage_data + weight_offset + (block * 4 * kHalves + half) * Traits::kBytesTile + v * 512);
+              for (int v = kOneEach ? first : 0; v < (kOneEach ? first + kSteps : 1); ++v) {
+                load_shared_16(weights + v * 512, packed[block][v]);
               }
             }
-          }
+          };
+          if (!Traits::kOperandsFromMemory && first == 0) load_weights();  // ahead of the wait
 
           wgmma_wait<1>();  // the group that used these registers
           // With the last stage's last group done, nothing reads that stage any more.
           if (group == 1 && k_stage > piece.begin && lane == 0) {
             mbarrier_arrive(empty + (stage == 0 ? kStages : stage) - 1);
           }
+          if (Traits::kOperandsFromMemory) load_weights();
 #pragma unroll
           for (int block = 0; block < kRowBlocks; ++block) {
+            if (!Traits::kOperandsFromMemory) wgmma_not_before(packed[block][0]);
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
               Weight::fragment(packed[block], first + step, mine[block][step]);
@@ -196,6 +202,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
         }
       }
       wgmma_wait<0>();
+#pragma unroll
+      for (int chain = 0; chain < Traits::kChains; ++chain) {
+#pragma unroll
+        for (int block = 0; block < kRowBlocks; ++block) wgmma_not_before(acc[chain][block]);
+      }
       if (lane == 0) mbarrier_arrive(empty + (stage == 0 ? kStages : stage) - 1);
 
 #pragma unroll
@@ -227,8 +238,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
         store.run(acc[0][block], block, first_n, first_m);
       }
       if (!params.product.raw) {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(scales.empty);
+        mbarrier_arrive(scales.empty);
         scales_phase ^= 1;
       }
     }

@@ -34,6 +34,9 @@ struct Sm90Traits {
   // registers for two groups of 4.
   static constexpr int kSteps = kNarrow || kRowBlocks * kTokens >= 256 ? 2 : kStepsPerBlock;
   static constexpr int kGroups = kHalves * kStepsPerBlock / kSteps;
+  // int8 weights are operands as they lie in memory. They must not be loaded before the products that read
+  // the same registers are done: the compiler does not know that those still do.
+  static constexpr bool kOperandsFromMemory = Weight::kVectors > 1;
   static_assert(kChains <= kSteps, "the first group starts every chain of sums");
   // Two warps produce, one the stages and one the scales. In a wide tile they belong to a whole warpgroup,
   // because registers are handed over by warpgroups.

@@ -34,6 +34,26 @@ __device__ __forceinline__ void wgmma_operand(uint32_t (&a)[4]) {
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
 }
 
+// Keeps what is computed from `v` behind the wait that precedes this: registers that products still read or
+// write must not be touched, and neither nvcc nor ptxas sees to that.
+__device__ __forceinline__ void wgmma_not_before(uint4& v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)::"memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void wgmma_not_before(int (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+// 16 bytes of shared memory, loaded where this stands with respect to the waits.
+__device__ __forceinline__ void load_shared_16(const void* address, uint4& v) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared_address(address))
+               : "memory");
+}
+
 // Descriptor of b at `tile`, which is a multiple of 1,024 bytes: groups of 8 rows of 128 bytes follow each
 // other, and the 16-byte pieces of a row are swizzled over 128 bytes. Adding 2 moves on by 32 bytes of K.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile) {
