@@ -91,7 +91,10 @@ class Layer:
             BF16: self._copies(dense.bfloat16()),
             INT8: self._copies(self.codes),
         }
-        self.weights[PRODUCT] = self.weights[PACKED]
+        if device.type == "cuda":  # in the layout that the products read, as the layer keeps it
+            self.weights[PRODUCT] = self._copies(ops.prepack_ternary(self.weights[PACKED][0], K))
+        else:
+            self.weights[PRODUCT] = self.weights[PACKED]
         self.layers = [PackedBitLinear(K, N, packed, self.weight_scale) for packed in self.weights[PACKED]]
 
     def _copies(self, weight: Tensor) -> list[Tensor]:
@@ -110,8 +113,15 @@ class Layer:
         x_fp32 = ops.dequantize_act(x_i8, act_scale)
         x_bf16 = x_fp32.bfloat16()
 
-        def product(packed: Tensor) -> Tensor:
-            return ops.int8xint2_mm(x_i8, act_scale, packed, self.weight_scale, out_dtype=self.act_dtype)
+        def product(weight: Tensor) -> Tensor:
+            return ops.int8xint2_mm(
+                x_i8,
+                act_scale,
+                weight,
+                self.weight_scale,
+                out_features=self.N if weight.dim() > 2 else None,
+                out_dtype=self.act_dtype,
+            )
 
         def each(name: str, call: Callable[[Any], Tensor]) -> list[Call]:
             operands: list[Any] = self.layers if name == PACKED else self.weights[name]

@@ -3,9 +3,10 @@
     python tools/check_kernels.py [--arch 80 --arch 90a] [--nvcc PATH] [--nvdisasm PATH]
 
 Compiles every csrc/cuda/*.cu for each architecture and prints, a kernel a line, its registers, shared memory,
-stack and spills as ptxas reports them. Fails when a kernel spills or has a stack frame, or when its machine
-code lacks what it was written for: tensor-core instructions in the products, none of them serialised, and 16-byte
-accesses wherever memory is the bound. Also when registers are touched that a product in flight still uses. A compiler that stops vectorising is otherwise seen only as lost speed.
+stack and spills as ptxas reports them. Fails when a kernel spills or has a stack frame, when its machine code
+lacks what it was written for: tensor-core instructions in the products, none of them serialised, and 16-byte
+accesses wherever memory is the bound (a compiler that stops vectorising is otherwise seen only as lost speed),
+and when it touches a register that a product in flight still uses (wgmma_hazards.py).
 
 Needs nvcc, and nvdisasm, which the package nvidia-cuda-nvdisasm brings when the toolkit lacks it.
 """
