@@ -9,7 +9,11 @@
 // bandwidth stays free.
 //
 // The products of 128 columns (64 in some tiles) are one group; while it runs, the next ones are unpacked
-// into a second set of registers, so the tensor cores always have a group queued.
+// into a second set of registers, so the tensor cores always have a group queued. A product reads its
+// registers until a wait has seen its group done, which the compiler does not know: what writes them must be
+// held behind the wait (ptx/wgmma.cuh; tools/wgmma_hazards.py checks the machine code).
+//
+// A second producing warp brings the scales of the tile to shared memory while the tile is computed.
 //
 // Tiles go feature-fastest: the weights, the smaller operand, stay in L2 while x streams. When the tiles do
 // not fill the last wave, the first ones are split along K (common/work_split.cuh), exactly, in int32.
