@@ -113,12 +113,8 @@ struct RowVec {
     for (int i = 0; i < 4; ++i) {
       if constexpr (sizeof(scalar_t) == 4) {
         out.words[i] = __float_as_uint(v[i]);
-      } else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-        out.words[i] = *reinterpret_cast<const uint32_t*>(&pair);
       } else {
-        const __half2 pair = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
-        out.words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+        out.words[i] = pack_pair<scalar_t>(v[2 * i], v[2 * i + 1]);
       }
     }
     return out;
