@@ -50,6 +50,25 @@ def _quantize_pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed, weight.new_empty((), dtype=torch.float32)
 
 
+def _quantize_weights(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    N, K = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    if weights[0].device.type == "cuda":
+        packed = _prepacked(weights[0], N, K)
+    else:
+        packed = weights[0].new_empty((N, _packed_width(K)), dtype=torch.uint8)
+    return packed, weights[0].new_empty((len(weights),), dtype=torch.float32)
+
+
+def _quantize_weight_groups_(
+    weights: list[Tensor],
+    group_sizes: list[int],
+    packed: list[Tensor],
+    weight_scale: list[Tensor],
+    abs_sums: Tensor | None,
+) -> None:
+    return None
+
+
 def _pack_ternary(codes: Tensor) -> Tensor:
     N, K = codes.shape
     return codes.new_empty((N, _packed_width(K)), dtype=torch.uint8)
@@ -201,6 +220,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "glu_quantize": _glu_quantize,
     "quantize_weight_ternary": _quantize_weight_ternary,
     "quantize_pack_weight": _quantize_pack_weight,
+    "quantize_weights": _quantize_weights,
+    "quantize_weight_groups_": _quantize_weight_groups_,
     "pack_ternary": _pack_ternary,
     "unpack_ternary": _unpack_ternary,
     "dequantize_ternary": _dequantize_ternary,

@@ -17,6 +17,13 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "(Tensor x_i8, Tensor act_scale)");
   m.def("quantize_weight_ternary(Tensor weight) -> (Tensor codes, Tensor weight_scale)");
   m.def("quantize_pack_weight(Tensor weight) -> (Tensor packed, Tensor weight_scale)");
+  // Several weights [N_i, K], each with a scale of its own, stacked along N: packed on the CPU, prepacked on
+  // CUDA.
+  m.def("quantize_weights(Tensor[] weights) -> (Tensor packed, Tensor weight_scale)");
+  // The same for many stacks in place. abs_sums float64: the partial sums of |w| that adam_step_ wrote.
+  m.def(
+      "quantize_weight_groups_(Tensor[] weights, int[] group_sizes, Tensor(a!)[] packed, "
+      "Tensor(b!)[] weight_scale, Tensor? abs_sums) -> ()");
   // --- packing ---
   m.def("pack_ternary(Tensor codes) -> Tensor");
   m.def("unpack_ternary(Tensor packed, int K) -> Tensor");

@@ -22,6 +22,7 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     x_i8, act_scale, rstd = ops.rms_norm_quantize(x, gain)
     packed, weight_scale = ops.quantize_pack_weight(weight)
     prepacked = ops.prepack_ternary(packed, K)
+    stack = ops.quantize_weights([weight])
     two_scales = torch.rand(2, device=device)
     logits, target = make(M, V), torch.tensor([3, -100, 60, 0, 9], device=device)
     stats = ops.softmax_stats(logits, target)
@@ -36,6 +37,8 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "glu_quantize": (x, make(2, M, K), "relu2", gain, 1e-5, True),
         "quantize_weight_ternary": (weight,),
         "quantize_pack_weight": (weight,),
+        "quantize_weights": ([make(16, K), weight],),
+        "quantize_weight_groups_": ([weight], [1], [stack.packed], [stack.weight_scale], None),
         "pack_ternary": (ops.quantize_weight_ternary(weight)[0],),
         "unpack_ternary": (packed, K),
         "dequantize_ternary": (packed, weight_scale, K, torch.bfloat16),

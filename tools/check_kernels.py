@@ -62,6 +62,8 @@ RULES = [
     Rule("glu_quantize", r"glu_quantize_kernel<.*RowShape<[48],", (r"\bLDG\.E\.NA\.128",)),
     Rule("quantize_weight", r"absmean_partials_kernel<", (LOAD_16,)),
     Rule("quantize_weight", r"quantize_weight_kernel<float", (LOAD_16,)),
+    Rule("quantize_weight_groups", r"abs_sums_kernel<", (LOAD_16,)),
+    Rule("quantize_weight_groups", r"quantize_weights_kernel<float", (LOAD_16, STORE_16)),
     Rule("pack", r"\bpack_kernel<true>", (LOAD_16,)),
     Rule("pack", r"unpack_kernel<true>", (STORE_16,)),
     Rule("pack", r"dequantize_\w+_kernel<float>", (STORE_16,)),

@@ -47,6 +47,14 @@ from bitnet_ext.ops.quantize import (
     quantize_weight_ternary,
     quantize_weight_ternary_ref,
 )
+from bitnet_ext.ops.quantize_groups import (
+    QuantizedWeight,
+    abs_sums_like,
+    can_stack,
+    quantize_weight_groups_,
+    quantize_weights,
+    quantize_weights_ref,
+)
 from bitnet_ext.ops.rms_norm import (
     rms_norm_backward,
     rms_norm_backward_ref,
@@ -56,13 +64,16 @@ from bitnet_ext.ops.rms_norm import (
 
 __all__ = [
     "LinearCrossEntropyOutput",
+    "QuantizedWeight",
     "SoftmaxStats",
+    "abs_sums_like",
     "adam_step_",
     "adam_step_ref",
     "add_rms_norm_quantize",
     "add_rms_norm_quantize_ref",
     "bit_linear",
     "bit_linear_ref",
+    "can_stack",
     "dequantize_act",
     "dequantize_act_ref",
     "dequantize_prepacked",
@@ -89,8 +100,11 @@ __all__ = [
     "quantize_pack_weight_ref",
     "quantize_rows_int8",
     "quantize_rows_int8_ref",
+    "quantize_weight_groups_",
     "quantize_weight_ternary",
     "quantize_weight_ternary_ref",
+    "quantize_weights",
+    "quantize_weights_ref",
     "rms_norm_backward",
     "rms_norm_backward_ref",
     "rms_norm_quantize",
