@@ -91,6 +91,8 @@ def adam_step_(
         decoupled,
         decay,
     )
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([*params, *exp_avg, *exp_avg_sq])
 
 
 def adam_step_ref(
