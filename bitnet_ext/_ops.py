@@ -170,6 +170,13 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((), dtype=torch.float64)
 
 
+def _clip_gradients_(
+    grads: list[Tensor], step: Tensor, max_norm: float, latch: Tensor
+) -> tuple[Tensor, Tensor]:
+    norm = grads[0].new_empty((), dtype=torch.float32)
+    return norm, torch.empty_like(norm)
+
+
 def _adam_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -177,11 +184,13 @@ def _adam_step_(
     exp_avg_sq: list[Tensor],
     hyper: Tensor,
     grad_scale: Tensor,
+    decay: list[int],
+    ternary: list[int],
+    abs_sums: Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
     decoupled: bool,
-    decay: bool,
 ) -> None:
     return None
 
@@ -237,6 +246,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bit_linear": _bit_linear,
     "rms_norm_backward": _rms_norm_backward,
     "sum_of_squares": _sum_of_squares,
+    "clip_gradients_": _clip_gradients_,
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
     "softmax_grad_": _softmax_grad_,

@@ -190,6 +190,22 @@ inline void check_packed(const char* op, const Tensor& packed, int64_t K) {
   }
 }
 
+// A list that belongs to params.
+inline void check_length(const char* op, const char* arg, size_t length, size_t params) {
+  if (length != params) {
+    fail(op, arg, " must have one entry for each of params, ", params, "; got ", length);
+  }
+}
+
+// abs_sums float64 of exactly as many values as the ternary params have partial sums.
+inline void check_abs_sums(const char* op, const std::optional<Tensor>& abs_sums, int64_t num_sums) {
+  if (abs_sums.has_value()) {
+    check_vector(op, "abs_sums", *abs_sums, num_sums);
+  } else if (num_sums > 0) {
+    fail(op, "abs_sums must be given with ternary params; got none");
+  }
+}
+
 // The lists of quantize_weight_groups_: group g is the next group_sizes[g] weights.
 inline void check_groups(const char* op,
                          const std::vector<Tensor>& weights,

@@ -56,10 +56,17 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "grad_gain)");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
+  // (norm, grad_scale), both float32 []. latch float64 [1 + n]: the first step whose norm was not finite, or
+  // a negative number, and the sums of squares of that step; once it holds a step, grad_scale is NaN.
+  m.def(
+      "clip_gradients_(Tensor[] grads, Tensor step, float max_norm, Tensor(a!) latch) -> "
+      "(Tensor norm, Tensor grad_scale)");
+  // decay, ternary: 0 or 1 for each of params. abs_sums: partial sums of the new magnitudes of the ternary
+  // ones, for quantize_weight_groups_.
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-      "Tensor hyper, Tensor grad_scale, float beta1, float beta2, float eps, bool decoupled, bool decay) -> "
-      "()");
+      "Tensor hyper, Tensor grad_scale, int[] decay, int[] ternary, Tensor(d!)? abs_sums, float beta1, "
+      "float beta2, float eps, bool decoupled) -> ()");
   // --- loss ---
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "

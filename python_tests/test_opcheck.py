@@ -30,6 +30,10 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     moments = [torch.zeros_like(t) for t in pair], [torch.zeros_like(t) for t in pair]
     hyper = torch.tensor([1e-3, 0.1, 0.1, 0.05], device=device)
     one = torch.ones((), device=device)
+    sums, latch = (
+        torch.empty(1, dtype=torch.float64, device=device),
+        -torch.ones(3, dtype=torch.float64, device=device),
+    )
     return {
         "quantize_act_int8": (x,),
         "rms_norm_quantize": (x, gain, 1e-5),
@@ -62,7 +66,21 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         ),
         "rms_norm_backward": (make(2, M, K), x.detach(), gain.detach(), rstd),
         "sum_of_squares": (pair,),
-        "adam_step_": (pair, [make(3, 4), make(7)], *moments, hyper, one, 0.9, 0.95, 1e-8, False, True),
+        "adam_step_": (
+            pair,
+            [make(3, 4), make(7)],
+            *moments,
+            hyper,
+            one,
+            [0, 1],
+            [1, 0],
+            sums,
+            0.9,
+            0.95,
+            1e-8,
+            False,
+        ),
+        "clip_gradients_": (pair, torch.zeros(1, dtype=torch.int64, device=device), 1.0, latch),
         "softmax_stats": (logits, target),
         "softmax_grad_": (
             logits.clone(),

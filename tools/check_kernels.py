@@ -69,7 +69,7 @@ RULES = [
     Rule("pack", r"dequantize_\w+_kernel<float>", (STORE_16,)),
     Rule("rms_norm", r"grad_x_kernel<float, float>", (LOAD_16, STORE_16)),
     Rule("adam", r"adam_step_kernel", (LOAD_16, STORE_16)),
-    Rule("adam", r"square_sums_kernel", (LOAD_16,)),
+    Rule("grad_norm", r"square_sums_kernel", (LOAD_16,)),
     Rule("softmax", r"softmax_stats_kernel<", (LOAD_16,)),
     Rule("softmax", r"softmax_grad_kernel<", (LOAD_16, STORE_16)),
 ]

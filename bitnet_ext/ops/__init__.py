@@ -20,7 +20,14 @@ from bitnet_ext.ops.loss import (
     softmax_stats_ref,
 )
 from bitnet_ext.ops.matmul import int8xint2_mm, int8xint2_mm_ref
-from bitnet_ext.ops.optimizer import adam_step_, adam_step_ref, sum_of_squares, sum_of_squares_ref
+from bitnet_ext.ops.optimizer import (
+    adam_step_,
+    adam_step_ref,
+    clip_gradients_,
+    clip_gradients_ref,
+    sum_of_squares,
+    sum_of_squares_ref,
+)
 from bitnet_ext.ops.packing import (
     dequantize_prepacked,
     dequantize_prepacked_ref,
@@ -74,6 +81,8 @@ __all__ = [
     "bit_linear",
     "bit_linear_ref",
     "can_stack",
+    "clip_gradients_",
+    "clip_gradients_ref",
     "dequantize_act",
     "dequantize_act_ref",
     "dequantize_prepacked",

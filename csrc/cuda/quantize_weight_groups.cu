@@ -9,6 +9,7 @@
 // one a warp, after adding up the (at most 1,024) partial sums of its weight: 8 KB from L2 for 64 KB or more
 // of weights.
 #include "cuda/common/dispatch.cuh"
+#include "cuda/common/tensor_table.cuh"
 #include "cuda/common/ternary_weight.cuh"
 #include "cuda/quantize_weight.h"
 #include "cuda/quantize_weight_groups.h"
@@ -25,27 +26,11 @@ constexpr uint32_t kSmallWeight = 512;  // thread blocks; up to here one round, 
 constexpr int kPrepackBlocksPerSm = 2;  // as in quantize_weight.cu: registers for all 16 loads of a lane
 static_assert(sizeof(WeightTable) + 64 <= 4096, "kernel parameters hold 4 KB");
 
-// The weight that owns item i: the first whose end lies beyond it.
-__device__ __forceinline__ int find_weight(const uint32_t (&ends)[WeightTable::kMaxWeights],
-                                           int count,
-                                           uint32_t i) {
-  int low = 0, high = count - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (i < ends[middle]) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
-
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     abs_sums_kernel(const __grid_constant__ WeightTable table, double* __restrict__ partials) {
   __shared__ double scratch[kThreads / 32];
-  const int t = find_weight(table.partials_end, table.count, blockIdx.x);
+  const int t = find_entry(table.partials_end, table.count, blockIdx.x);
   const uint32_t first = t == 0 ? 0 : table.partials_end[t - 1];
   const int64_t numel = static_cast<int64_t>(table.N[t]) * table.K[t];
   const int64_t run = absmean_run(numel);
@@ -59,7 +44,7 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kPrepackBlocksPerSm)
     quantize_weights_kernel(const __grid_constant__ WeightTable table, const double* __restrict__ partials) {
   __shared__ double scratch[kThreads / 32];
-  const int t = find_weight(table.block_end, table.count, blockIdx.x);
+  const int t = find_entry(table.block_end, table.count, blockIdx.x);
   const uint32_t first_block = t == 0 ? 0 : table.block_end[t - 1];
   const uint32_t first_partial = t == 0 ? 0 : table.partials_end[t - 1];
   const int64_t N = table.N[t], K = table.K[t];
