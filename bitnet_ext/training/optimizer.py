@@ -43,7 +43,8 @@ class FusedAdam:
         self.exp_avg = {name: torch.zeros_like(self.named[name]) for name in self._by_adam}
         self.exp_avg_sq = {name: torch.zeros_like(self.named[name]) for name in self._by_adam}
         device = next(iter(self.named.values())).device
-        self._latch = torch.full((1 + len(self.named),), -1.0, dtype=torch.float64, device=device)
+        self._latch = torch.zeros(2 + len(self.named), dtype=torch.float64, device=device)
+        self._latch[0] = -1.0
         self._no_step = torch.zeros(1, dtype=torch.int64, device=device)
         self._clipped: list[str] = []  # names behind the entries of the latch
         self._groups: list[list[Tensor]] = []
@@ -90,7 +91,7 @@ class FusedAdam:
             grads,  # type: ignore[arg-type]
             self._no_step if step is None else step,
             self.config.grad_clip,
-            self._latch[: 1 + len(grads)],
+            self._latch[: 2 + len(grads)],
         )
 
     def first_bad_step(self) -> tuple[int, list[str]] | None:
@@ -99,8 +100,8 @@ class FusedAdam:
         latch = self._latch.cpu()
         if not latch[0] >= 0:
             return None
-        finite = torch.isfinite(latch[1:]).tolist()
-        return int(latch[0]), [name for name, good in zip(self._clipped, finite, strict=False) if not good]
+        finite = torch.isfinite(latch[2 : 2 + len(self._clipped)]).tolist()
+        return int(latch[0]), [name for name, good in zip(self._clipped, finite, strict=True) if not good]
 
     def forget_bad_step(self) -> None:
         """Lets updates happen again after a gradient that was not finite."""
