@@ -113,6 +113,7 @@ class TrainStep:
         self._kept: list[tuple[WeightCache, list[Tensor], QuantizedWeight]] = []
         self._resident: dict[WeightCache, QuantizedWeight] = {}
         self._looked_for_caches = False
+        self._launched = (0, 0)  # step before the launched ones, and how many they are
         self._graph: torch.cuda.CUDAGraph | None = None
         self._wants_graph = config.cuda_graph and device.type == "cuda" and world.size == 1
 
@@ -125,6 +126,14 @@ class TrainStep:
         Raises:
             NonFiniteGradientError: a gradient held NaN or Inf. On a GPU the steps after it in this call were run
                 too, but changed nothing.
+        """
+        self.launch(start, rows)
+        return self.finish()
+
+    def launch(self, start: int, rows: NDArray[np.int64]) -> None:
+        """The first half of :meth:`run`: hands the steps to the device and does not wait for them.
+
+        Several runs share a GPU when each is launched on a stream of its own before the first one is finished.
         """
         count = rows.shape[0]
         if self._wants_graph and self._graph is None:
@@ -142,6 +151,11 @@ class TrainStep:
             self.optimizer.mark_changed()  # a replay does not count
         for cache, group, codes in self._kept:
             cache.put(group, codes)
+        self._launched = (start, count)
+
+    def finish(self) -> Tensor:
+        """The second half of :meth:`run`: waits for the launched steps; their records, and what they raise."""
+        start, count = self._launched
         records = mean_over_ranks(self._record[:count].clone(), self.world).cpu()
         if not torch.isfinite(records[:, RECORD.index("grad_norm")]).all():
             bad = self.optimizer.first_bad_step()
