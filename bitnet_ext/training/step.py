@@ -106,6 +106,8 @@ class TrainStep:
         self.block_steps = BLOCK_STEPS if device.type == "cuda" else 1
         shape = (self.block_steps, config.batch_size // world.size, config.seq_len + 1)
         self._rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        # From pinned memory the rows reach the device without the host waiting for it.
+        self._host_rows = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._record = torch.zeros(self.block_steps, len(RECORD), device=device)
         self._table = torch.from_numpy(hyper_table(config)).to(device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -139,7 +141,8 @@ class TrainStep:
         if self._wants_graph and self._graph is None:
             self._capture()
         self._check_codes()
-        self._rows[:count].copy_(torch.from_numpy(rows))
+        self._host_rows[:count].copy_(torch.from_numpy(rows))
+        self._rows[:count].copy_(self._host_rows[:count], non_blocking=True)
         self._position.zero_()
         self._step.fill_(start)
         for _ in range(count):
