@@ -157,3 +157,45 @@ def test_no_step_of_a_block_after_the_bad_one_counts() -> None:
     step.optimizer.forget_bad_step()
     assert step.optimizer.first_bad_step() is None
     assert torch.isfinite(step.run(20, rows[:3])).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [True, False])
+def test_runs_that_share_a_gpu_are_those_that_have_it_to_themselves(graph: bool) -> None:
+    alone, together = [runner("cuda", seed=s, cuda_graph=graph) for s in (0, 1)], []
+    expected = [step.run(0, rows) for step, rows in alone]
+    for seed in (0, 1):
+        together.append((*runner("cuda", seed=seed, cuda_graph=graph), torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    for start in (0, 4):
+        for step, rows, stream_ in together:
+            with torch.cuda.stream(stream_):
+                step.launch(start, rows)
+        records = []
+        for step, _, stream_ in together:
+            with torch.cuda.stream(stream_):
+                records.append(step.finish())
+        if start == 0:
+            assert all(torch.equal(a, b) for a, b in zip(records, expected, strict=True))
+    for (a, rows), (b, *_) in zip(alone, together, strict=True):
+        a.run(4, rows)
+        for p, q in zip(a.optimizer.named.values(), b.optimizer.named.values(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_never_waits_for_the_device() -> None:
+    step, rows = runner("cuda")
+    step.run(0, rows)  # captures
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step.launch(4, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    step.finish()
+    names = {event.key for event in profile.key_averages()}
+    assert "cudaGraphLaunch" in names or any("raph" in name for name in names)
+    assert not {name for name in names if "Synchronize" in name}

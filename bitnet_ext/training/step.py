@@ -106,6 +106,8 @@ class TrainStep:
         self.block_steps = BLOCK_STEPS if device.type == "cuda" else 1
         shape = (self.block_steps, config.batch_size // world.size, config.seq_len + 1)
         self._rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        # From pinned memory the rows reach the device without the host waiting for it.
+        self._host_rows = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._record = torch.zeros(self.block_steps, len(RECORD), device=device)
         self._table = torch.from_numpy(hyper_table(config)).to(device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -113,6 +115,7 @@ class TrainStep:
         self._kept: list[tuple[WeightCache, list[Tensor], QuantizedWeight]] = []
         self._resident: dict[WeightCache, QuantizedWeight] = {}
         self._looked_for_caches = False
+        self._launched = (0, 0)  # step before the launched ones, and how many they are
         self._graph: torch.cuda.CUDAGraph | None = None
         self._wants_graph = config.cuda_graph and device.type == "cuda" and world.size == 1
 
@@ -126,11 +129,20 @@ class TrainStep:
             NonFiniteGradientError: a gradient held NaN or Inf. On a GPU the steps after it in this call were run
                 too, but changed nothing.
         """
+        self.launch(start, rows)
+        return self.finish()
+
+    def launch(self, start: int, rows: NDArray[np.int64]) -> None:
+        """The first half of :meth:`run`: hands the steps to the device and does not wait for them.
+
+        Several runs share a GPU when each is launched on a stream of its own before the first one is finished.
+        """
         count = rows.shape[0]
         if self._wants_graph and self._graph is None:
             self._capture()
         self._check_codes()
-        self._rows[:count].copy_(torch.from_numpy(rows))
+        self._host_rows[:count].copy_(torch.from_numpy(rows))
+        self._rows[:count].copy_(self._host_rows[:count], non_blocking=True)
         self._position.zero_()
         self._step.fill_(start)
         for _ in range(count):
@@ -142,6 +154,11 @@ class TrainStep:
             self.optimizer.mark_changed()  # a replay does not count
         for cache, group, codes in self._kept:
             cache.put(group, codes)
+        self._launched = (start, count)
+
+    def finish(self) -> Tensor:
+        """The second half of :meth:`run`: waits for the launched steps; their records, and what they raise."""
+        start, count = self._launched
         records = mean_over_ranks(self._record[:count].clone(), self.world).cpu()
         if not torch.isfinite(records[:, RECORD.index("grad_norm")]).all():
             bad = self.optimizer.first_bad_step()
