@@ -50,6 +50,25 @@ def _quantize_pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed, weight.new_empty((), dtype=torch.float32)
 
 
+def _quantize_weights(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    N, K = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    if weights[0].device.type == "cuda":
+        packed = _prepacked(weights[0], N, K)
+    else:
+        packed = weights[0].new_empty((N, _packed_width(K)), dtype=torch.uint8)
+    return packed, weights[0].new_empty((len(weights),), dtype=torch.float32)
+
+
+def _quantize_weight_groups_(
+    weights: list[Tensor],
+    group_sizes: list[int],
+    packed: list[Tensor],
+    weight_scale: list[Tensor],
+    abs_sums: Tensor | None,
+) -> None:
+    return None
+
+
 def _pack_ternary(codes: Tensor) -> Tensor:
     N, K = codes.shape
     return codes.new_empty((N, _packed_width(K)), dtype=torch.uint8)
@@ -151,6 +170,13 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((), dtype=torch.float64)
 
 
+def _clip_gradients_(
+    grads: list[Tensor], step: Tensor, max_norm: float, latch: Tensor
+) -> tuple[Tensor, Tensor]:
+    norm = grads[0].new_empty((), dtype=torch.float32)
+    return norm, torch.empty_like(norm)
+
+
 def _adam_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -158,11 +184,13 @@ def _adam_step_(
     exp_avg_sq: list[Tensor],
     hyper: Tensor,
     grad_scale: Tensor,
+    decay: list[int],
+    ternary: list[int],
+    abs_sums: Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
     decoupled: bool,
-    decay: bool,
 ) -> None:
     return None
 
@@ -201,6 +229,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "glu_quantize": _glu_quantize,
     "quantize_weight_ternary": _quantize_weight_ternary,
     "quantize_pack_weight": _quantize_pack_weight,
+    "quantize_weights": _quantize_weights,
+    "quantize_weight_groups_": _quantize_weight_groups_,
     "pack_ternary": _pack_ternary,
     "unpack_ternary": _unpack_ternary,
     "dequantize_ternary": _dequantize_ternary,
@@ -216,6 +246,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bit_linear": _bit_linear,
     "rms_norm_backward": _rms_norm_backward,
     "sum_of_squares": _sum_of_squares,
+    "clip_gradients_": _clip_gradients_,
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
     "softmax_grad_": _softmax_grad_,

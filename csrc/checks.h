@@ -190,6 +190,59 @@ inline void check_packed(const char* op, const Tensor& packed, int64_t K) {
   }
 }
 
+// A list that belongs to params.
+inline void check_length(const char* op, const char* arg, size_t length, size_t params) {
+  if (length != params) {
+    fail(op, arg, " must have one entry for each of params, ", params, "; got ", length);
+  }
+}
+
+// abs_sums float64 of exactly as many values as the ternary params have partial sums.
+inline void check_abs_sums(const char* op, const std::optional<Tensor>& abs_sums, int64_t num_sums) {
+  if (abs_sums.has_value()) {
+    check_vector(op, "abs_sums", *abs_sums, num_sums);
+  } else if (num_sums > 0) {
+    fail(op, "abs_sums must be given with ternary params; got none");
+  }
+}
+
+// The lists of quantize_weight_groups_: group g is the next group_sizes[g] weights.
+inline void check_groups(const char* op,
+                         const std::vector<Tensor>& weights,
+                         const std::vector<int64_t>& group_sizes,
+                         const std::vector<Tensor>& packed,
+                         const std::vector<Tensor>& weight_scale) {
+  if (weights.empty()) fail(op, "weights must hold at least one tensor; got an empty list");
+  const int64_t count = static_cast<int64_t>(weights.size());
+  int64_t total = 0;
+  for (const int64_t size : group_sizes) {
+    if (size < 1 || size > count - total) {
+      fail(op,
+           "group_sizes must be sizes >= 1 that sum to the ",
+           count,
+           " weights; got ",
+           shape_text(group_sizes));
+    }
+    total += size;
+  }
+  if (total != count) {
+    fail(op,
+         "group_sizes must be sizes >= 1 that sum to the ",
+         count,
+         " weights; got ",
+         shape_text(group_sizes));
+  }
+  if (packed.size() != group_sizes.size() || weight_scale.size() != group_sizes.size()) {
+    fail(op,
+         "packed and weight_scale must have one tensor for each of the ",
+         group_sizes.size(),
+         " groups; got ",
+         packed.size(),
+         " and ",
+         weight_scale.size());
+  }
+}
+
 // weight_scale of a product: one value, one a row, or one a segment of rows (fused projections).
 inline void check_weight_scale(const char* op,
                                const Tensor& weight_scale,

@@ -17,6 +17,13 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "(Tensor x_i8, Tensor act_scale)");
   m.def("quantize_weight_ternary(Tensor weight) -> (Tensor codes, Tensor weight_scale)");
   m.def("quantize_pack_weight(Tensor weight) -> (Tensor packed, Tensor weight_scale)");
+  // Several weights [N_i, K], each with a scale of its own, stacked along N: packed on the CPU, prepacked on
+  // CUDA.
+  m.def("quantize_weights(Tensor[] weights) -> (Tensor packed, Tensor weight_scale)");
+  // The same for many stacks in place. abs_sums float64: the partial sums of |w| that adam_step_ wrote.
+  m.def(
+      "quantize_weight_groups_(Tensor[] weights, int[] group_sizes, Tensor(a!)[] packed, "
+      "Tensor(b!)[] weight_scale, Tensor? abs_sums) -> ()");
   // --- packing ---
   m.def("pack_ternary(Tensor codes) -> Tensor");
   m.def("unpack_ternary(Tensor packed, int K) -> Tensor");
@@ -49,10 +56,17 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "grad_gain)");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
+  // (norm, grad_scale), both float32 []. latch float64 [1 + n]: the first step whose norm was not finite, or
+  // a negative number, and the sums of squares of that step; once it holds a step, grad_scale is NaN.
+  m.def(
+      "clip_gradients_(Tensor[] grads, Tensor step, float max_norm, Tensor(a!) latch) -> "
+      "(Tensor norm, Tensor grad_scale)");
+  // decay, ternary: 0 or 1 for each of params. abs_sums: partial sums of the new magnitudes of the ternary
+  // ones, for quantize_weight_groups_.
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-      "Tensor hyper, Tensor grad_scale, float beta1, float beta2, float eps, bool decoupled, bool decay) -> "
-      "()");
+      "Tensor hyper, Tensor grad_scale, int[] decay, int[] ternary, Tensor(d!)? abs_sums, float beta1, "
+      "float beta2, float eps, bool decoupled) -> ()");
   // --- loss ---
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <limits>
 
 #include "cpu/operators.h"
 
@@ -14,6 +15,7 @@ namespace {
 using torch::stable::parallel_for;
 
 constexpr int64_t kChunk = 16384;  // elements
+static_assert(kChunk % kSumBlock == 0, "the sums of |w| of a chunk are its own");
 
 struct Chunk {
   size_t tensor;
@@ -34,9 +36,9 @@ std::string item(const char* arg, size_t i) {
   return std::string(arg) + "[" + std::to_string(i) + "]";
 }
 
-Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
-  const char* op = "sum_of_squares";
-  for (size_t i = 0; i < tensors.size(); ++i) check_input(op, item("tensors", i).c_str(), tensors[i]);
+// The sum of the squares of each tensor, its chunks added in order.
+std::vector<double> square_sums(const char* op, const char* arg, const std::vector<Tensor>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) check_input(op, item(arg, i).c_str(), tensors[i]);
   const Kernels& table = kernels();
   const std::vector<Chunk> chunks = chunks_of(tensors);
   std::vector<double> sums(chunks.size());
@@ -52,11 +54,49 @@ Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
                                    chunk.count);
         }
       });
-  Tensor result = new_tensor({}, ScalarType::Double);
+  std::vector<double> of_tensors(tensors.size());
+  for (size_t c = 0; c < chunks.size(); ++c) of_tensors[chunks[c].tensor] += sums[c];
+  return of_tensors;
+}
+
+Tensor scalar(ScalarType dtype) {
+  return new_tensor({}, dtype);
+}
+
+Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
   double total = 0.0;
-  for (const double sum : sums) total += sum;
+  for (const double sum : square_sums("sum_of_squares", "tensors", tensors)) total += sum;
+  Tensor result = scalar(ScalarType::Double);
   *static_cast<double*>(result.mutable_data_ptr()) = total;
   return result;
+}
+
+std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
+                                           const Tensor& step,
+                                           double max_norm,
+                                           const Tensor& latch) {
+  const char* op = "clip_gradients_";
+  if (grads.empty()) fail(op, "grads must hold at least one tensor; got an empty list");
+  check_input(op, "step", step, ScalarType::Long);
+  check_numel(op, "step", step, 1);
+  check_input(op, "latch", latch, ScalarType::Double);
+  check_vector(op, "latch", latch, 1 + static_cast<int64_t>(grads.size()));
+  const std::vector<double> sums = square_sums(op, "grads", grads);
+  double total = 0.0;
+  for (const double sum : sums) total += sum;
+  const float norm = static_cast<float>(std::sqrt(total));
+  auto* latched = static_cast<double*>(latch.mutable_data_ptr());
+  if (!std::isfinite(norm) && !(latched[0] >= 0.0)) {
+    latched[0] = static_cast<double>(*static_cast<const int64_t*>(step.const_data_ptr()));
+    std::copy(sums.begin(), sums.end(), latched + 1);
+  }
+  // As torch.nn.utils.clip_grad_norm_: the reciprocal is rounded first.
+  const float scale = std::min(1.0f / (norm + 1e-6f) * static_cast<float>(max_norm), 1.0f);
+  Tensor norm_out = scalar(ScalarType::Float), scale_out = scalar(ScalarType::Float);
+  *static_cast<float*>(norm_out.mutable_data_ptr()) = norm;
+  *static_cast<float*>(scale_out.mutable_data_ptr()) =
+      latched[0] >= 0.0 ? std::numeric_limits<float>::quiet_NaN() : scale;
+  return {norm_out, scale_out};
 }
 
 // The data pointers of a list that has to match params.
@@ -64,9 +104,7 @@ std::vector<float*> matching_data(const char* op,
                                   const char* arg,
                                   const std::vector<Tensor>& list,
                                   const std::vector<Tensor>& params) {
-  if (list.size() != params.size()) {
-    fail(op, arg, " must hold as many tensors as params, ", params.size(), "; got ", list.size());
-  }
+  check_length(op, arg, list.size(), params.size());
   std::vector<float*> data;
   for (size_t i = 0; i < list.size(); ++i) {
     const std::string name = item(arg, i);
@@ -83,11 +121,13 @@ void adam_step_(const std::vector<Tensor>& params,
                 const std::vector<Tensor>& exp_avg_sq,
                 const Tensor& hyper,
                 const Tensor& grad_scale,
+                const std::vector<int64_t>& decay,
+                const std::vector<int64_t>& ternary,
+                const std::optional<Tensor>& abs_sums,
                 double beta1,
                 double beta2,
                 double eps,
-                bool decoupled,
-                bool decay) {
+                bool decoupled) {
   const char* op = "adam_step_";
   const std::vector<float*> p = matching_data(op, "params", params, params);
   const std::vector<float*> g = matching_data(op, "grads", grads, params);
@@ -97,6 +137,20 @@ void adam_step_(const std::vector<Tensor>& params,
   check_vector(op, "hyper", hyper, 4);
   check_input(op, "grad_scale", grad_scale, ScalarType::Float);
   check_numel(op, "grad_scale", grad_scale, 1);
+  check_length(op, "decay", decay.size(), params.size());
+  check_length(op, "ternary", ternary.size(), params.size());
+  std::vector<int64_t> first_sum(params.size());
+  int64_t num_sums = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    first_sum[i] = num_sums;
+    if (ternary[i]) num_sums += abs_sums_of(params[i].numel());
+  }
+  double* sums = nullptr;
+  if (abs_sums.has_value()) {
+    check_input(op, "abs_sums", *abs_sums, ScalarType::Double);
+    sums = static_cast<double*>(abs_sums->mutable_data_ptr());
+  }
+  check_abs_sums(op, abs_sums, num_sums);
   const auto* h = static_cast<const float*>(hyper.const_data_ptr());
   const float lr = h[0], weight_decay = h[1], bias1 = h[2], bias2 = h[3];
   if (!(bias1 > 0.0f && bias2 > 0.0f)) {
@@ -118,8 +172,10 @@ void adam_step_(const std::vector<Tensor>& params,
   step.step_size = lr / bias1;
   step.inv_sqrt_bias = static_cast<float>(1.0 / std::sqrt(static_cast<double>(bias2)));
   step.eps = static_cast<float>(eps);
-  step.has_l2 = decay && !decoupled;
-  step.has_shrink = decay && decoupled;
+  AdamStep decayed = step;
+  decayed.has_l2 = !decoupled;
+  decayed.has_shrink = decoupled;
+  const bool skip = std::isnan(step.grad_scale);  // clip_gradients_ says: no step
 
   const Kernels& table = kernels();
   const std::vector<Chunk> chunks = chunks_of(params);
@@ -127,7 +183,13 @@ void adam_step_(const std::vector<Tensor>& params,
       0, static_cast<int64_t>(chunks.size()), grain_for(kChunk * 28), [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
           const auto [i, start, count] = chunks[static_cast<size_t>(c)];
-          table.adam(p[i] + start, g[i] + start, m[i] + start, v[i] + start, count, step);
+          if (!skip) {
+            table.adam(
+                p[i] + start, g[i] + start, m[i] + start, v[i] + start, count, decay[i] ? decayed : step);
+          }
+          if (ternary[i]) {  // while the chunk is in the cache
+            table.abs_sums(p[i] + start, Dtype::kFloat32, count, sums + first_sum[i] + start / kSumBlock);
+          }
         }
       });
 }
@@ -136,6 +198,7 @@ void adam_step_(const std::vector<Tensor>& params,
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CPU, m) {
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));
+  m.impl("clip_gradients_", TORCH_BOX(&clip_gradients_));
   m.impl("adam_step_", TORCH_BOX(&adam_step_));
 }
 

@@ -1,10 +1,12 @@
-// Operators of the optimiser: the gradient norm and Adam, all tensors in one call.
+// Operators of the optimiser: the gradient norm, clipping and Adam, all tensors in one call.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda/adam.h"
+#include "cuda/grad_norm.h"
 #include "cuda/launch_context.h"
 
 namespace bitnet_ext::cuda {
@@ -14,17 +16,22 @@ std::string item(const char* arg, size_t i) {
   return std::string(arg) + "[" + std::to_string(i) + "]";
 }
 
-Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
-  if (tensors.empty()) fail("sum_of_squares", "tensors must hold at least one tensor; got an empty list");
-  const LaunchContext context("sum_of_squares", tensors[0]);
+// Partial sums of the squares of tensors, those of each in a row.
+struct SquareSums {
+  Tensor partials;              // float64
+  std::vector<int64_t> counts;  // of each tensor
+};
+
+SquareSums square_sums(const LaunchContext& context, const char* arg, const std::vector<Tensor>& tensors) {
+  SquareSums sums;
   int64_t blocks = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    context.check_float_input(item("tensors", i).c_str(), tensors[i]);
-    blocks += blocks_of(tensors[i].numel());
+    context.check_float_input(item(arg, i).c_str(), tensors[i]);
+    sums.counts.push_back(square_partials(tensors[i].numel()));
+    blocks += sums.counts.back();
   }
-  Tensor partials = context.new_tensor({blocks}, ScalarType::Double);
-  Tensor total = context.new_tensor({}, ScalarType::Double);
-  double* next = data<double>(partials);
+  sums.partials = context.new_tensor({blocks}, ScalarType::Double);
+  double* next = data<double>(sums.partials);
   SquareSumTable table = {};
   uint32_t end = 0;
   const auto flush = [&] {
@@ -33,21 +40,65 @@ Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
     table.count = 0;
     end = 0;
   };
-  for (const Tensor& t : tensors) {
-    const int64_t added = blocks_of(t.numel());
-    if (added == 0) continue;
-    if (added > INT32_MAX)
-      fail(context.op(), "a tensor of ", t.numel(), " elements is too large for one launch");
-    if (table.count == SquareSumTable::kMaxTensors || end + added > INT32_MAX) flush();
-    table.data[table.count] = t.const_data_ptr();
-    table.numel[table.count] = t.numel();
-    table.dtype[table.count] = static_cast<uint8_t>(dtype_of(t.scalar_type()));
-    table.block_end[table.count++] = end += static_cast<uint32_t>(added);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (sums.counts[i] == 0) continue;
+    if (table.count == SquareSumTable::kMaxTensors) flush();
+    table.data[table.count] = tensors[i].const_data_ptr();
+    table.numel[table.count] = tensors[i].numel();
+    table.dtype[table.count] = static_cast<uint8_t>(dtype_of(tensors[i].scalar_type()));
+    table.block_end[table.count++] = end += static_cast<uint32_t>(sums.counts[i]);
   }
   flush();
-  context.check(
-      launch_add_partials(const_data<double>(partials), blocks, data<double>(total), context.stream()));
+  return sums;
+}
+
+Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
+  if (tensors.empty()) fail("sum_of_squares", "tensors must hold at least one tensor; got an empty list");
+  const LaunchContext context("sum_of_squares", tensors[0]);
+  const SquareSums sums = square_sums(context, "tensors", tensors);
+  Tensor total = context.new_tensor({}, ScalarType::Double);
+  context.check(launch_add_partials(
+      const_data<double>(sums.partials), sums.partials.numel(), data<double>(total), context.stream()));
   return total;
+}
+
+std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
+                                           const Tensor& step,
+                                           double max_norm,
+                                           const Tensor& latch) {
+  const char* op = "clip_gradients_";
+  if (grads.empty()) fail(op, "grads must hold at least one tensor; got an empty list");
+  const LaunchContext context(op, grads[0]);
+  context.check_input("step", step, ScalarType::Long);
+  check_numel(op, "step", step, 1);
+  context.check_input("latch", latch, ScalarType::Double);
+  const int64_t count = static_cast<int64_t>(grads.size());
+  check_vector(op, "latch", latch, 1 + count);
+  const SquareSums sums = square_sums(context, "grads", grads);
+  Tensor of_tensors = context.new_tensor({count}, ScalarType::Double);
+  Tensor norm = context.new_tensor({}, ScalarType::Float);
+  Tensor grad_scale = context.new_tensor({}, ScalarType::Float);
+  ClipArgs args = {};
+  args.partials = const_data<double>(sums.partials);
+  args.square_sums = data<double>(of_tensors);
+  args.tensors = count;
+  args.step = const_data<int64_t>(step);
+  args.max_norm = static_cast<float>(max_norm);
+  args.latch = data<double>(latch);
+  args.norm = data<float>(norm);
+  args.grad_scale = data<float>(grad_scale);
+  while (args.first_tensor < count) {
+    ClipTable table = {};
+    uint32_t end = 0;
+    while (table.count < ClipTable::kMaxTensors && args.first_tensor + table.count < count) {
+      end += static_cast<uint32_t>(sums.counts[static_cast<size_t>(args.first_tensor + table.count)]);
+      table.partials_end[table.count++] = end;
+    }
+    context.check(launch_clip(table, args, context.stream()));
+    args.first_tensor += table.count;
+    args.partials += end;
+  }
+  return {norm, grad_scale};
 }
 
 // The pointers of a list that has to match params.
@@ -55,9 +106,7 @@ std::vector<float*> matching_data(const LaunchContext& context,
                                   const char* arg,
                                   const std::vector<Tensor>& list,
                                   const std::vector<Tensor>& params) {
-  if (list.size() != params.size()) {
-    fail(context.op(), arg, " must hold as many tensors as params, ", params.size(), "; got ", list.size());
-  }
+  check_length(context.op(), arg, list.size(), params.size());
   std::vector<float*> pointers;
   pointers.reserve(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
@@ -75,11 +124,13 @@ void adam_step_(const std::vector<Tensor>& params,
                 const std::vector<Tensor>& exp_avg_sq,
                 const Tensor& hyper,
                 const Tensor& grad_scale,
+                const std::vector<int64_t>& decay,
+                const std::vector<int64_t>& ternary,
+                const std::optional<Tensor>& abs_sums,
                 double beta1,
                 double beta2,
                 double eps,
-                bool decoupled,
-                bool decay) {
+                bool decoupled) {
   const LaunchContext context("adam_step_", hyper);
   const std::vector<float*> p = matching_data(context, "params", params, params);
   const std::vector<float*> g = matching_data(context, "grads", grads, params);
@@ -89,8 +140,19 @@ void adam_step_(const std::vector<Tensor>& params,
   check_vector(context.op(), "hyper", hyper, 4);
   context.check_input("grad_scale", grad_scale, ScalarType::Float);
   check_numel(context.op(), "grad_scale", grad_scale, 1);
+  check_length(context.op(), "decay", decay.size(), params.size());
+  check_length(context.op(), "ternary", ternary.size(), params.size());
+  int64_t num_sums = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (ternary[i]) num_sums += absmean_partials(params[i].numel());
+  }
 
   AdamSettings settings = {};
+  if (abs_sums.has_value()) {
+    context.check_input("abs_sums", *abs_sums, ScalarType::Double);
+    settings.abs_sums = data<double>(*abs_sums);
+  }
+  check_abs_sums(context.op(), abs_sums, num_sums);
   settings.hyper = const_data<float>(hyper);
   settings.grad_scale = const_data<float>(grad_scale);
   settings.beta1 = static_cast<float>(beta1);
@@ -99,9 +161,8 @@ void adam_step_(const std::vector<Tensor>& params,
   settings.one_minus_beta2 = static_cast<float>(1.0 - beta2);
   settings.eps = static_cast<float>(eps);
   settings.decoupled = decoupled;
-  settings.decay = decay;
   AdamTable table = {};
-  uint32_t end = 0;
+  uint32_t end = 0, sums = 0;
   const auto flush = [&] {
     context.check(launch_adam_step(table, settings, context.stream()));
     table.count = 0;
@@ -109,9 +170,12 @@ void adam_step_(const std::vector<Tensor>& params,
   };
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t numel = params[i].numel();
-    const int64_t added = blocks_of(numel);
+    const bool wants_sums = ternary[i] != 0;
+    const int64_t added = adam_blocks(numel, wants_sums);
     if (added == 0) continue;
-    if (added > INT32_MAX) fail(context.op(), "a tensor of ", numel, " elements is too large for one launch");
+    if (added > INT32_MAX || adam_run(numel, wants_sums) > UINT32_MAX) {
+      fail(context.op(), "a tensor of ", numel, " elements is too large for one launch");
+    }
     if (table.count == AdamTable::kMaxTensors || end + added > INT32_MAX) flush();
     const auto bits = reinterpret_cast<uintptr_t>(p[i]) | reinterpret_cast<uintptr_t>(g[i]) |
                       reinterpret_cast<uintptr_t>(m[i]) | reinterpret_cast<uintptr_t>(v[i]);
@@ -120,8 +184,13 @@ void adam_step_(const std::vector<Tensor>& params,
     table.exp_avg[table.count] = m[i];
     table.exp_avg_sq[table.count] = v[i];
     table.numel[table.count] = numel;
-    table.aligned[table.count] = bits % 16 == 0;
+    table.run[table.count] = static_cast<uint32_t>(adam_run(numel, wants_sums));
+    table.first_sum[table.count] = sums;
+    table.flags[table.count] =
+        static_cast<uint8_t>((bits % 16 == 0 ? AdamTable::kAligned : 0) | (decay[i] ? AdamTable::kDecay : 0) |
+                             (wants_sums ? AdamTable::kTernary : 0));
     table.block_end[table.count++] = end += static_cast<uint32_t>(added);
+    if (wants_sums) sums += static_cast<uint32_t>(added);
   }
   flush();
 }
@@ -130,6 +199,7 @@ void adam_step_(const std::vector<Tensor>& params,
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CUDA, m) {
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));
+  m.impl("clip_gradients_", TORCH_BOX(&clip_gradients_));
   m.impl("adam_step_", TORCH_BOX(&adam_step_));
 }
 
