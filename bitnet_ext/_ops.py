@@ -1,4 +1,4 @@
-"""Fake kernels (shapes for tracing) and autograd of the operators declared in csrc/ops.cpp."""
+"""Fake kernels (shapes for tracing) of the operators declared in csrc/ops.cpp; their registration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ops = torch.ops.bitnet_ext
+from bitnet_ext import _autograd
 
 
 def _packed_width(K: int) -> int:
@@ -145,20 +145,20 @@ def _prepacked_mm(
 
 def _bit_linear(
     x: Tensor,
-    weight: Tensor,
+    weights: list[Tensor],
+    packed: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_eps: float,
     normalize: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x_i8, act_scale = _quantize_act_int8(x)
     rstd = x.new_empty(x.shape[:-1] if normalize else (0,), dtype=torch.float32)
-    packed, weight_scale = _quantize_pack_weight(weight)
-    if weight.device.type == "cuda":
-        packed = _prepacked(weight, *weight.shape)
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
-    return y, x_i8, act_scale, rstd, packed, weight_scale
+    y = x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in weights)), dtype=out_dtype)
+    return y, x_i8, act_scale, rstd
 
 
 def _rms_norm_backward(grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,52 +260,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-# --- autograd of bit_linear: the straight-through estimator ------------------------------------------------
-
-
-def _bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, norm_weight, _eps, normalize, _out_dtype = inputs
-    _y, x_i8, act_scale, rstd, packed, weight_scale = output
-    # The norm's backward needs x itself; without a norm the int8 form is all that is kept.
-    ctx.save_for_backward(x if normalize else None, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
-    # Without this every unused output gets a gradient of zeros: six kernels a layer.
-    ctx.set_materialize_grads(False)
-    ctx.normalize = normalize
-    ctx.x_dtype = x.dtype
-    ctx.weight_dtype = weight.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _bit_linear_backward(
-    ctx: Any, grad_y: Tensor | None, *_unused: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """dL/dx_q = g W_q and dL/dW = g^T x_q, passed unchanged through both quantisers."""
-    if grad_y is None:
-        return (None,) * 7
-    x, norm_weight, x_i8, act_scale, rstd, packed, weight_scale = ctx.saved_tensors
-    K = x_i8.shape[-1]
-    grad = grad_y.reshape(-1, grad_y.shape[-1])
-    grad_x = grad_weight = grad_bias = grad_gain = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-        if packed.dtype == torch.int32:
-            weight_q = _ops.dequantize_prepacked(packed, weight_scale, grad.shape[-1], K, grad.dtype)
-        else:
-            weight_q = _ops.dequantize_ternary(packed, weight_scale, K, grad.dtype)
-        grad_x = torch.mm(grad, weight_q).reshape(x_i8.shape)
-        if ctx.normalize:
-            grad_x, grad_gain = _ops.rms_norm_backward(grad_x, x, norm_weight, rstd)
-        else:
-            grad_x = grad_x.to(ctx.x_dtype)
-    if ctx.needs_input_grad[1]:
-        x_q = _ops.dequantize_act(x_i8, act_scale, grad.dtype)
-        grad_weight = torch.mm(grad.t(), x_q.reshape(-1, K)).to(ctx.weight_dtype)
-    if ctx.needs_input_grad[2]:
-        grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    if norm_weight is None:
-        grad_gain = None
-    return grad_x, grad_weight, grad_bias, grad_gain, None, None, None
-
-
 _registered = False
 
 
@@ -316,7 +270,6 @@ def register() -> None:
         return
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"bitnet_ext::{name}", fake)
-    torch.library.register_autograd(
-        "bitnet_ext::bit_linear", _bit_linear_backward, setup_context=_bit_linear_setup
-    )
+    for name, (setup, backward) in _autograd.FORMULAS.items():
+        torch.library.register_autograd(f"bitnet_ext::{name}", backward, setup_context=setup)
     _registered = True

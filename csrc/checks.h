@@ -179,6 +179,26 @@ inline void check_matrix(const char* op, const char* arg, const Tensor& t) {
   }
 }
 
+// The rows of each of the matrices [N_i, K] that one product reads as a stack, for activations of K features.
+inline std::vector<int64_t> check_stack(const char* op, const std::vector<Tensor>& weights, int64_t K) {
+  if (weights.empty()) fail(op, "weights must hold at least one tensor; got an empty list");
+  std::vector<int64_t> rows;
+  for (const Tensor& weight : weights) {
+    check_matrix(op, "weights", weight);
+    if (weight.size(1) != K) {
+      fail(op, "x must have K = ", weight.size(1), " like weights ", shape_text(weight), "; got K = ", K);
+    }
+    rows.push_back(weight.size(0));
+  }
+  return rows;
+}
+
+inline void check_backward(const char* op, const std::string& backward) {
+  if (backward != "exact" && backward != "int8") {
+    fail(op, "backward must be exact or int8; got '", backward, "'");
+  }
+}
+
 // The packed form of a [N, K] weight: uint8 [N, ceil(K / 4)].
 inline void check_packed(const char* op, const Tensor& packed, int64_t K) {
   check_dtype(op, "packed", packed, ScalarType::Byte);

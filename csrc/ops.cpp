@@ -46,11 +46,13 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def(
       "prepacked_mm(Tensor x_i8, Tensor act_scale, Tensor prepacked, int N, Tensor weight_scale, "
       "Tensor? bias, int[] segments, ScalarType out_dtype, bool weight_is_constant) -> Tensor");
-  // `packed` is the canonical form on the CPU and the prepacked one on CUDA.
+  // `weights` [N_i, K] are stacked along N; `packed` and `weight_scale` [S] are their codes as of
+  // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact", "int8")
+  // names the gradients, which are those of _autograd.py.
   m.def(
-      "bit_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, "
-      "bool normalize, ScalarType out_dtype) -> "
-      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor packed, Tensor weight_scale)");
+      "bit_linear(Tensor x, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "Tensor? norm_weight, float norm_eps, bool normalize, ScalarType out_dtype, str backward) -> "
+      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
   m.def(
       "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor "
       "grad_gain)");
