@@ -131,44 +131,15 @@ def case_optimizer(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.
         hyper = torch.tensor([1e-2, 0.1, 0.271, 0.002997])
         scale = torch.tensor(0.7)
         sums = abs_sums_like(params[:1])
-        flags = ([int(decay), 0], [1, 0])
-        ops.adam_step_(
-            params,
-            grads,
-            exp_avg,
-            exp_avg_sq,
-            hyper,
-            scale,
-            *flags,
-            sums,
-            None,
-            -1,
-            0.9,
-            0.999,
-            1e-8,
-            decoupled,
+        state = (params, grads, exp_avg, exp_avg_sq, hyper, scale, [int(decay), 0])
+        constants = (0.9, 0.999, 1e-8, decoupled)
+        ops.adam_step_(*state, [1, 0], sums, None, -1, *constants)
+        outputs += [*(t.clone() for t in (*params, *exp_avg, *exp_avg_sq)), sums]
+        grads[0], slots = ops.sum_rows(
+            torch.randint(0, N, (M,), generator=generator), normal(generator, M, K), N
         )
-        outputs += [*params, *exp_avg, *exp_avg_sq, sums]
-        ids = torch.randint(0, N, (M,), generator=generator)
-        rows, slots = ops.sum_rows(ids, normal(generator, M, K), N)
-        params[0], grads[0] = params[0].clone(), rows
-        ops.adam_step_(
-            params,
-            grads,
-            exp_avg,
-            exp_avg_sq,
-            hyper,
-            scale,
-            *flags,
-            None,
-            slots,
-            0,
-            0.9,
-            0.999,
-            1e-8,
-            decoupled,
-        )
-        outputs += [rows, slots, *params, *exp_avg, *exp_avg_sq]
+        ops.adam_step_(*state, [0, 0], None, slots, 0, *constants)
+        outputs += [grads[0], slots, *params, *exp_avg, *exp_avg_sq]
     return outputs
 
 
