@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_ext.ops import loss
+
 _ops = torch.ops.bitnet_ext
 
 
@@ -179,18 +181,52 @@ def _softmax_stats(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _softmax_grad_(
+def _count_targets(target: Tensor) -> Tensor:
+    return target.new_empty((), dtype=torch.float32)
+
+
+def _cross_entropy_rows_(
     logits: Tensor,
+    V: int,
     target: Tensor,
-    lse: Tensor,
-    row_scale: Tensor,
-    row_coef: Tensor,
+    count: Tensor | None,
     log_marginal: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
     entropy_weight: float,
     diversity_weight: float,
-    target_weight: float,
-    uniform_weight: float,
-) -> None:
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T = logits.shape[0]
+    lse, cross_entropy, entropy, smoothing = (
+        logits.new_empty((T,), dtype=torch.float32) for _ in range(4)
+    )
+    return lse, cross_entropy, entropy, smoothing, logits.new_empty((T,), dtype=torch.int64)
+
+
+def _cross_entropy_mean(
+    lse: Tensor,
+    cross_entropy: Tensor,
+    entropy: Tensor,
+    smoothing: Tensor,
+    target: Tensor,
+    marginal_entropy: Tensor | None,
+    square_sum: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    entropy_weight: float,
+    diversity_weight: float,
+    output_l2: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, mean_cross_entropy, mean_entropy, mean_square = (lse.new_empty(()) for _ in range(4))
+    return loss, mean_cross_entropy, mean_entropy, mean_square
+
+
+def _probability_sums(logits: Tensor, V: int, target: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    return lse.new_empty(((logits.shape[0] + 31) // 32, V))
+
+
+def _scale_(tensors: list[Tensor], scale: Tensor) -> None:
     return None
 
 
@@ -218,7 +254,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sum_of_squares": _sum_of_squares,
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
-    "softmax_grad_": _softmax_grad_,
+    "count_targets": _count_targets,
+    "cross_entropy_rows_": _cross_entropy_rows_,
+    "cross_entropy_mean": _cross_entropy_mean,
+    "probability_sums": _probability_sums,
+    "scale_": _scale_,
+    "linear_cross_entropy": loss.fake,
 }
 
 
@@ -280,5 +321,9 @@ def register() -> None:
         torch.library.register_fake(f"bitnet_ext::{name}", fake)
     torch.library.register_autograd(
         "bitnet_ext::bit_linear", _bit_linear_backward, setup_context=_bit_linear_setup
+    )
+    torch.library.impl("bitnet_ext::linear_cross_entropy", ("cpu", "cuda"), loss.forward)
+    torch.library.register_autograd(
+        "bitnet_ext::linear_cross_entropy", loss.backward, setup_context=loss.setup
     )
     _registered = True
