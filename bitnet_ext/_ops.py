@@ -198,9 +198,7 @@ def _cross_entropy_rows_(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T = logits.shape[0]
-    lse, cross_entropy, entropy, smoothing = (
-        logits.new_empty((T,), dtype=torch.float32) for _ in range(4)
-    )
+    lse, cross_entropy, entropy, smoothing = (logits.new_empty((T,), dtype=torch.float32) for _ in range(4))
     return lse, cross_entropy, entropy, smoothing, logits.new_empty((T,), dtype=torch.int64)
 
 

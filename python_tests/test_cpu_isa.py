@@ -140,7 +140,11 @@ def case_softmax(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.Ge
     count = ops.count_targets(target)
     for V in {K, max(1, K - 5)}:
         inside = torch.where(target < V, target, -1)
-        for marginal, entropy_weight, softcap in ((None, 0.0, 0.0), (log_marginal[:V], 0.3, 0.0), (None, 0.3, 7.0)):
+        for marginal, entropy_weight, softcap in (
+            (None, 0.0, 0.0),
+            (log_marginal[:V], 0.3, 0.0),
+            (None, 0.3, 7.0),
+        ):
             grad, terms = rows.clone(), (0.1, 1e-3, entropy_weight, 0.2)
             outputs += ops.cross_entropy_rows_(grad, V, inside, count, marginal, *terms, softcap)
             outputs.append(grad)
