@@ -78,6 +78,9 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square, "
       "Tensor marginal_entropy, Tensor cross_entropy, Tensor entropy, Tensor argmax, Tensor mean_p, "
       "Tensor grad_hidden, Tensor grad_weight)");
+  // Asks the system for large pages behind a tensor that is about to be written first. Without effect where
+  // there are none.
+  m.def("_prefer_huge_pages(Tensor tensor) -> ()");
   // --- settings of the process, for tests and bug reports ---
   m.def("_cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");

@@ -1,5 +1,8 @@
 // Operators of the loss: row statistics of the logits, and the gradient written over them. The [T, V]
 // probabilities never exist in memory.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -212,6 +215,19 @@ Tensor probability_sums(
   return sums;
 }
 
+void prefer_huge_pages(const Tensor& tensor) {
+#if defined(__linux__)
+  // Inwards to whole pages of 4 kB, which every system accepts; the kernel itself finds the large ones
+  // inside.
+  constexpr uintptr_t kPage = 4096;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+  // A refusal (no such pages, or larger small ones) costs nothing but the time it was to save.
+  if (last > first) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CPU, m) {
@@ -220,6 +236,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CPU, m) {
   m.impl("cross_entropy_rows_", TORCH_BOX(&cross_entropy_rows_));
   m.impl("cross_entropy_mean", TORCH_BOX(&cross_entropy_mean));
   m.impl("probability_sums", TORCH_BOX(&probability_sums));
+  m.impl("_prefer_huge_pages", TORCH_BOX(&prefer_huge_pages));
 }
 
 }  // namespace bitnet_ext::cpu
