@@ -335,10 +335,14 @@ def test_cross_entropy_rows(V: int, dtype: torch.dtype, terms: tuple[float, ...]
         assert_same(tuple(raw.cross_entropy_rows_(again, V, target, count, log_marginal, *terms)), tuple(got))
         assert_same((again,), (rows,))
         for a, b, c in zip(got[:4], eager[:4], exact[:4], strict=True):
-            assert_within_twice(a, b, c)
+            # One rounding of the logits, of up to 20, where the result itself is small or zero (V = 1).
+            assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + 2e-6
         assert torch.equal(got[4], z.float().argmax(-1))
         assert rows[:, V:].abs().sum() == 0 and rows[target < 0].abs().sum() == 0
-        assert_within_twice(rows[:, :V], eager[4].to(dtype), exact[4])
+        grad_error, eager_error = (
+            (t.double() - exact[4]).abs().max() for t in (rows[:, :V], eager[4].to(dtype))
+        )
+        assert grad_error <= 2 * eager_error + 2e-7  # p = 1, less 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
