@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitnet_ext import _autograd
+from bitnet_ext.ops import loss
 
 
 def _packed_width(K: int) -> int:
@@ -213,18 +214,50 @@ def _softmax_stats(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _softmax_grad_(
+def _count_targets(target: Tensor) -> Tensor:
+    return target.new_empty((), dtype=torch.float32)
+
+
+def _cross_entropy_rows_(
     logits: Tensor,
+    V: int,
     target: Tensor,
-    lse: Tensor,
-    row_scale: Tensor,
-    row_coef: Tensor,
+    count: Tensor | None,
     log_marginal: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
     entropy_weight: float,
     diversity_weight: float,
-    target_weight: float,
-    uniform_weight: float,
-) -> None:
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T = logits.shape[0]
+    lse, cross_entropy, entropy, smoothing = (logits.new_empty((T,), dtype=torch.float32) for _ in range(4))
+    return lse, cross_entropy, entropy, smoothing, logits.new_empty((T,), dtype=torch.int64)
+
+
+def _cross_entropy_mean(
+    lse: Tensor,
+    cross_entropy: Tensor,
+    entropy: Tensor,
+    smoothing: Tensor,
+    target: Tensor,
+    marginal_entropy: Tensor | None,
+    square_sum: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    entropy_weight: float,
+    diversity_weight: float,
+    output_l2: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, mean_cross_entropy, mean_entropy, mean_square = (lse.new_empty(()) for _ in range(4))
+    return loss, mean_cross_entropy, mean_entropy, mean_square
+
+
+def _probability_sums(logits: Tensor, V: int, target: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    return lse.new_empty(((logits.shape[0] + 31) // 32, V))
+
+
+def _scale_(tensors: list[Tensor], scale: Tensor) -> None:
     return None
 
 
@@ -256,7 +289,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sum_rows": _sum_rows,
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
-    "softmax_grad_": _softmax_grad_,
+    "count_targets": _count_targets,
+    "cross_entropy_rows_": _cross_entropy_rows_,
+    "cross_entropy_mean": _cross_entropy_mean,
+    "probability_sums": _probability_sums,
+    "scale_": _scale_,
+    "linear_cross_entropy": loss.fake,
 }
 
 
@@ -270,6 +308,8 @@ def register() -> None:
         return
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"bitnet_ext::{name}", fake)
-    for name, (setup, backward) in _autograd.FORMULAS.items():
+    torch.library.impl("bitnet_ext::linear_cross_entropy", ("cpu", "cuda"), loss.forward)
+    formulas = {**_autograd.FORMULAS, "linear_cross_entropy": (loss.setup, loss.backward)}
+    for name, (setup, backward) in formulas.items():
         torch.library.register_autograd(f"bitnet_ext::{name}", backward, setup_context=setup)
     _registered = True

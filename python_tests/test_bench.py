@@ -208,6 +208,31 @@ def run_quick(name: str, tmp_path: Path, *arguments: str, device: str = "cpu") -
     return result
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_cross_entropy(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_quick("cross_entropy", tmp_path, "--peers", "eager", "liger", device=device)
+    (case,) = result["cases"]
+    assert (case["tokens"], case["hidden"], case["vocabulary"]) == (33, 24, 1001)
+    assert [row["variant"] for row in case["rows"]][:2] == ["ours", "eager"]
+    assert case["skipped"].keys() | {row["variant"] for row in case["rows"]} == {"ours", "eager", "liger"}
+    for row in case["rows"][:2]:
+        assert row["seconds"]["median"] > 0 and 0 < row["share_of_floor"] < 1
+        assert row["errors"]["hidden_relative"] < 1e-2 and row["errors"]["weight_max"] < 1e-2
+        assert (row["peak_bytes"] is None) == (device == "cpu")
+    assert case["rows"][0]["ratio_to_ours"] == 1
+    assert "33 x 24 x 1001" in capsys.readouterr().out
+
+
+def test_cross_entropy_refuses_a_wrong_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("cross_entropy")
+    wrong = module.VARIANTS["ours"]
+    monkeypatch.setitem(module.VARIANTS, "ours", (lambda: lambda *a: 1.01 * module.ours(*a), *wrong[1:]))
+    args = module.parse(["--quick", "--json", str(tmp_path / "result.json")])
+    with pytest.raises(WrongResultError, match="the gradient of hidden"):
+        module.run(args, torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
+
+
 def check_peers(peers: dict[str, Any], expected: set[str]) -> None:
     assert set(peers) == expected
     for peer in peers.values():

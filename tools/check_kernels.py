@@ -71,7 +71,8 @@ RULES = [
     Rule("adam", r"adam_step_kernel", (LOAD_16, STORE_16)),
     Rule("grad_norm", r"square_sums_kernel", (LOAD_16,)),
     Rule("softmax", r"softmax_stats_kernel<", (LOAD_16,)),
-    Rule("softmax", r"softmax_grad_kernel<", (LOAD_16, STORE_16)),
+    Rule("cross_entropy", r"rows_kernel<", (COPY_16, r"\bLDS\.128", STORE_16)),
+    Rule("cross_entropy_parts", r"probability_sums_kernel<", (LOAD_16,)),
 ]
 
 
