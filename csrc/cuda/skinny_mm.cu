@@ -436,10 +436,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 // --- nn ----------------------------------------------------------------------------------------------------
 
 struct NnTraits {
-  static constexpr int kChunk = 32;       // of V
-  static constexpr int kCols = 128;       // of the result
-  static constexpr int kRowBytesA = 144;  // 32 fp16 of each piece, and padding
-  static constexpr int kRowBytesB = 272;  // 128 fp16, and padding
+  // 16 warps of 32 x 32 fit 128 registers each; 8 of 32 x 64 do not fit 255.
+  static constexpr int kWarps = 16, kThreads = 32 * kWarps;
+  static constexpr int kLanes = 32 / kWarps;  // that share a row of a warp's columns of weight
+  static constexpr int kWarpCols = 32;        // of a warp's tile of 32 tokens
+  static constexpr int kChunk = 32;           // of V
+  static constexpr int kCols = 128;           // of the result
+  static constexpr int kRowBytesA = 144;      // 32 fp16 of each piece, and padding
+  static constexpr int kRowBytesB = 272;      // 128 fp16, and padding
   static constexpr int kBytesA = kTokens * kRowBytesA;
   static constexpr int kPlaneBytesB = kChunk * kRowBytesB;
   static constexpr int kBufferBytes = kBytesA + 2 * kPlaneBytesB;
@@ -447,14 +451,16 @@ struct NnTraits {
   static constexpr int kSharedBytes = 2 * (kBufferBytes + kScales * 4);
 };
 
-// Warp w multiplies tokens 32 (w % 4) .. by columns 64 (w / 4) ..; it loads 16 tokens of a chunk of grad and
-// 16 columns of a chunk of weight.
-__global__ void __launch_bounds__(kThreads, 1) skinny_nn_kernel(const __grid_constant__ SkinnyArgs args) {
+// Warp w multiplies tokens 32 (w % 4) .. by columns 32 (w / 4) ..; it loads 8 tokens of a chunk of grad and 8
+// columns of a chunk of weight.
+__global__ void __launch_bounds__(NnTraits::kThreads, 1)
+    skinny_nn_kernel(const __grid_constant__ SkinnyArgs args) {
   using Traits = NnTraits;
+  constexpr int kLanes = Traits::kLanes, kTilesH = Traits::kWarpCols / 8;
   extern __shared__ __align__(16) uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_t = blockIdx.z * kTokens, first_h = blockIdx.y * Traits::kCols;
-  const int warp_t = warp % 4 * 32, warp_h = warp / 4 * 64;
+  const int warp_t = warp % 4 * 32, warp_h = warp / 4 * Traits::kWarpCols;
   const int chunks = (args.V + Traits::kChunk - 1) / Traits::kChunk;
   const int splits = static_cast<int>(gridDim.x), split_index = static_cast<int>(blockIdx.x);
   const int begin = static_cast<int>(static_cast<int64_t>(chunks) * split_index / splits);
@@ -462,15 +468,16 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_nn_kernel(const __grid_con
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  float4 grad[4], weight[4];
+  float4 grad[kLanes], weight[kLanes];
   const auto load = [&](int chunk) {
     const int first_v = chunk * Traits::kChunk;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = first_t + 16 * warp + 4 * i + lane / 8, v = first_v + lane % 8 * 4;
+    for (int i = 0; i < kLanes; ++i) {
+      const int token = first_t + 4 * kLanes * warp + 4 * i + lane / 8, v = first_v + lane % 8 * 4;
       grad[i] =
           load_4(args.grad + static_cast<int64_t>(token) * args.stride + v, token < args.T ? args.V - v : 0);
-      const int row = first_v + 8 * i + lane / 4, col = first_h + 16 * warp + t * 4;
+      const int row = first_v + 32 / kLanes * i + lane / kLanes;
+      const int col = first_h + 4 * kLanes * warp + lane % kLanes * 4;
       weight[i] = load_4(args.weight + static_cast<int64_t>(row) * args.H + col,
                          row < args.V && col < args.H ? 4 : 0);
     }
@@ -482,8 +489,8 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_nn_kernel(const __grid_con
     uint8_t* a = shared + buffer * Traits::kBufferBytes;
     uint8_t* b = a + Traits::kBytesA;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = 16 * warp + 4 * i + lane / 8;
+    for (int i = 0; i < kLanes; ++i) {
+      const int token = 4 * kLanes * warp + 4 * i + lane / 8;
       const Scale scale(lanes_max<1, 4>(magnitude(grad[i])));
       uint8_t* row = a + token * Traits::kRowBytesA + lane % 8 * 8;
       split_to(grad[i], scale.up(), row, row + 64);
@@ -491,28 +498,28 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_nn_kernel(const __grid_con
     }
     uint32_t top[4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kLanes; ++i) {
       top[0] = max(top[0], magnitude(weight[i].x)), top[1] = max(top[1], magnitude(weight[i].y));
       top[2] = max(top[2], magnitude(weight[i].z)), top[3] = max(top[3], magnitude(weight[i].w));
     }
-    const int col = 16 * warp + 4 * t;
+    const int col = 4 * kLanes * warp + lane % kLanes * 4;
     float up[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const Scale scale(lanes_max<4, 16>(top[j]));
+      const Scale scale(lanes_max<kLanes, 16>(top[j]));
       up[j] = scale.up();
-      if (lane < 4) scales(buffer)[kTokens + col + j] = scale.down();
+      if (lane < kLanes) scales(buffer)[kTokens + col + j] = scale.down();
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kLanes; ++i) {
       const float4 v =
           make_float4(weight[i].x * up[0], weight[i].y * up[1], weight[i].z * up[2], weight[i].w * up[3]);
-      uint8_t* row = b + (8 * i + g) * Traits::kRowBytesB + col * 2;
+      uint8_t* row = b + (32 / kLanes * i + lane / kLanes) * Traits::kRowBytesB + col * 2;
       split_to(v, 1.0f, row, row + Traits::kPlaneBytesB);
     }
   };
 
-  float sums[2][8][4] = {};
+  float sums[2][kTilesH][4] = {};
   const auto multiply = [&](int buffer) {
     const uint8_t* a =
         shared + buffer * Traits::kBufferBytes + (warp_t + lane % 16) * Traits::kRowBytesA + lane / 16 * 16;
@@ -531,7 +538,7 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_nn_kernel(const __grid_con
       down[i][1] = scales(buffer)[warp_t + 16 * i + g + 8];
     }
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < kTilesH; ++j) {
       uint32_t of[2][4];
 #pragma unroll
       for (int s = 0; s < 2; ++s) ldmatrix_x4_transposed(of[s], b + 16 * s * Traits::kRowBytesB + j * 16);
@@ -563,7 +570,7 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_nn_kernel(const __grid_con
   __syncthreads();
   for (int chunk = begin; chunk < end; ++chunk) {
     const int buffer = (chunk - begin) % 2;
-    const bool early = warp < 4;
+    const bool early = warp < Traits::kWarps / 2;
     if (early && chunk + 1 < end) {
       convert(buffer ^ 1);
       if (chunk + 2 < end) load(chunk + 2);
@@ -584,7 +591,7 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_nn_kernel(const __grid_con
       if (token >= args.T) continue;
       float* row = args.partials + (static_cast<int64_t>(split_index) * args.T + token) * args.H;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < kTilesH; ++j) {
         const int col = first_h + warp_h + 8 * j + 2 * t;
         if (col < args.H) {
           *reinterpret_cast<float2*>(row + col) = make_float2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
@@ -609,6 +616,7 @@ __global__ void __launch_bounds__(128)
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...),
                    dim3 grid,
+                   int threads,
                    int shared_bytes,
                    const SkinnyArgs& args,
                    cudaStream_t stream,
@@ -618,7 +626,7 @@ cudaError_t launch(void (*kernel)(Params...),
   if (status != cudaSuccess) return status;
   return launch_kernel(kernel,
                        grid,
-                       kThreads,
+                       static_cast<unsigned>(threads),
                        static_cast<size_t>(shared_bytes),
                        stream,
                        args.dependent_launch,
@@ -632,7 +640,7 @@ cudaError_t launch_nt(const SkinnyArgs& args, int num_sms, cudaStream_t stream) 
   const int tiles = static_cast<int>(args.stride / Traits::kTile);
   const dim3 grid(static_cast<unsigned>(tiles < num_sms ? tiles : num_sms),
                   static_cast<unsigned>(ceil_div(args.T, kTokens)));
-  return launch(skinny_nt_kernel<kSteps>, grid, Traits::kSharedBytes, args, stream, tiles);
+  return launch(skinny_nt_kernel<kSteps>, grid, kThreads, Traits::kSharedBytes, args, stream, tiles);
 }
 
 }  // namespace
@@ -648,7 +656,7 @@ cudaError_t launch_skinny_tn(const SkinnyArgs& args, int num_sms, cudaStream_t s
   int first = 0;
   do {
     const cudaError_t status =
-        launch(skinny_tn_kernel, grid, TnTraits::kSharedBytes, args, stream, tiles, first);
+        launch(skinny_tn_kernel, grid, kThreads, TnTraits::kSharedBytes, args, stream, tiles, first);
     if (status != cudaSuccess) return status;
     first += kTokens;
   } while (first < args.T);
@@ -656,11 +664,13 @@ cudaError_t launch_skinny_tn(const SkinnyArgs& args, int num_sms, cudaStream_t s
 }
 
 cudaError_t launch_skinny_nn(const SkinnyArgs& args, cudaStream_t stream) {
+  using Traits = NnTraits;
   if (args.T == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(args.num_splits),
-                  static_cast<unsigned>(ceil_div(args.H, NnTraits::kCols)),
+                  static_cast<unsigned>(ceil_div(args.H, Traits::kCols)),
                   static_cast<unsigned>(ceil_div(args.T, kTokens)));
-  const cudaError_t status = launch(skinny_nn_kernel, grid, NnTraits::kSharedBytes, args, stream);
+  const cudaError_t status =
+      launch(skinny_nn_kernel, grid, Traits::kThreads, Traits::kSharedBytes, args, stream);
   if (status != cudaSuccess) return status;
   const int size = args.T * args.H;
   return launch_kernel(skinny_sum_kernel,

@@ -26,8 +26,8 @@
 #include <type_traits>
 
 #include "cuda/common/dispatch.cuh"
-#include "cuda/common/launch.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/mma_float.cuh"
 #include "cuda/small_grad.h"
@@ -38,6 +38,9 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStep = 16;  // of the contraction
+// Shared memory: a tile's sums of each warp, and the block's for the others of its cluster.
+constexpr int kExchange = kWarps * kThreads;
+constexpr int kSharedBytes = (kExchange + kThreads) * 16;
 
 // --- operands ----------------------------------------------------------------------------------------------
 
@@ -310,25 +313,28 @@ struct WeightTask {
 
 // --- kernel ------------------------------------------------------------------------------------------------
 
+// `rank` of the `parts` blocks of a cluster that share a tile: each takes a part of the contraction.
 template <typename Task>
-__device__ __forceinline__ void run_task(const SmallGradArgs& args, int tile, float4* sums) {
+__device__ __forceinline__ void run_task(
+    const SmallGradArgs& args, int tile, int rank, int parts, float4* sums) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr int kDepth = Task::kDepth, kVectors = Task::kRun / 4;
+  const int stride = kWarps * parts;
   Task task(args, tile);
   typename Task::Step ring[kDepth];
+  const int first = rank * kWarps + warp;
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
-    if (warp + d * kWarps < task.num_steps) task.load(warp + d * kWarps, ring[d]);
+    if (first + d * stride < task.num_steps) task.load(first + d * stride, ring[d]);
   }
-  for (int base = warp; base < task.num_steps; base += kDepth * kWarps) {
+  for (int base = first; base < task.num_steps; base += kDepth * stride) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
-      const int index = base + d * kWarps;
+      const int index = base + d * stride;
       if (index < task.num_steps) task.add(ring[d]);
-      if (index + kDepth * kWarps < task.num_steps) task.load(index + kDepth * kWarps, ring[d]);
+      if (index + kDepth * stride < task.num_steps) task.load(index + kDepth * stride, ring[d]);
     }
   }
-
   // Not sooner: blocks of the next kernel would wait on multiprocessors that have blocks of this one to come.
   allow_next_kernel();
 
@@ -355,20 +361,40 @@ __device__ __forceinline__ void run_task(const SmallGradArgs& args, int tile, fl
       values[4 * v + 2] += part.z, values[4 * v + 3] += part.w;
     }
   }
+  if constexpr (Task::kRun == 4) {
+    if (parts > 1) {
+      // Each block adds a share of the tile, over the blocks in their order.
+      float4* exchange = sums + kExchange;
+      exchange[threadIdx.x] = make_float4(values[0], values[1], values[2], values[3]);
+      cluster_barrier();
+      const bool mine = static_cast<int>(threadIdx.x) * parts / kThreads == rank;
+      if (mine) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = 0.0f;
+        for (int r = 0; r < parts; ++r) {
+          const float4 part = load_cluster_16(exchange + threadIdx.x, static_cast<uint32_t>(r));
+          values[0] += part.x, values[1] += part.y, values[2] += part.z, values[3] += part.w;
+        }
+        task.store(warp, values);
+      }
+      cluster_barrier();  // the others may still be reading
+      return;
+    }
+  }
   task.store(warp, values);
 }
 
 // The blocks of grad_x, which are the longer ones, come first.
 template <typename T, bool kWhole, int kWeightCols>
 __global__ void __launch_bounds__(kThreads, 2)
-    small_grad_kernel(const __grid_constant__ SmallGradArgs args, int input_tiles) {
+    small_grad_kernel(const __grid_constant__ SmallGradArgs args, int input_tiles, int weight_tiles) {
   extern __shared__ __align__(16) float4 sums[];
   wait_for_previous_kernel();
-  const int tile = static_cast<int>(blockIdx.x);
-  if (tile < input_tiles) {
-    run_task<InputTask<T, kWhole>>(args, tile, sums);
-  } else {
-    run_task<WeightTask<T, kWhole, kWeightCols>>(args, tile - input_tiles, sums);
+  const int block = static_cast<int>(blockIdx.x), input_blocks = input_tiles * args.parts;
+  if (block < input_blocks) {
+    run_task<InputTask<T, kWhole>>(args, block / args.parts, block % args.parts, args.parts, sums);
+  } else if (block - input_blocks < weight_tiles) {
+    run_task<WeightTask<T, kWhole, kWeightCols>>(args, block - input_blocks, 0, 1, sums);
   }
 }
 
@@ -385,21 +411,31 @@ cudaError_t launch(const SmallGradArgs& args, cudaStream_t stream) {
   const int64_t input_tiles = args.grad_x != nullptr ? count_tiles<Input>(args.M, args.K) : 0;
   const int64_t weight_tiles = args.grad_weight != nullptr ? count_tiles<Weight>(args.N, args.K) : 0;
   if (input_tiles + weight_tiles == 0) return cudaSuccess;
-  if (input_tiles + weight_tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  constexpr int kLargest = Input::kRun > Weight::kRun ? Input::kRun : Weight::kRun;
-  constexpr size_t kSharedBytes = sizeof(float) * kWarps * kWarps * 32 * kLargest;
+  const int64_t blocks = ceil_div(input_tiles * args.parts + weight_tiles, args.parts) * args.parts;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = small_grad_kernel<T, kWhole, kCols>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  return launch_kernel(kernel,
-                       static_cast<unsigned>(input_tiles + weight_tiles),
-                       kThreads,
-                       kSharedBytes,
-                       stream,
-                       args.dependent_launch,
-                       args,
-                       static_cast<int>(input_tiles));
+  cudaLaunchAttribute attributes[2] = {};
+  int count = 0;
+  if (args.dependent_launch) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (args.parts > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(args.parts), 1, 1};
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = static_cast<unsigned>(count);
+  return cudaLaunchKernelEx(
+      &config, kernel, args, static_cast<int>(input_tiles), static_cast<int>(weight_tiles));
 }
 
 }  // namespace

@@ -24,7 +24,16 @@ struct SmallGradArgs {
   void* grad_weight;  // [N, K] of weight_dtype, or null
   DType weight_dtype;
   bool dependent_launch;
+  int parts;  // blocks, a cluster, that share the contraction of a tile of grad_x: 1, or 2 or 4 from sm_90 on
 };
+
+// As many parts as fill the device once, while every warp still has a step of 16 rows of the weight.
+inline int small_grad_parts(int64_t M, int64_t N, int64_t K, int num_sms) {
+  const int64_t tiles = (M + 15) / 16 * ((K + 63) / 64), steps = (N + 15) / 16;
+  int parts = 1;
+  while (parts < 4 && tiles * parts * 2 <= num_sms && steps > 8 * parts) parts *= 2;
+  return parts;
+}
 
 cudaError_t launch_small_grad(const SmallGradArgs& args, cudaStream_t stream);
 

@@ -87,6 +87,7 @@ std::tuple<Tensor, Tensor> bit_linear_grad(const Tensor& grad_y,
   args.grad_weight = need_weight ? grad_weight.mutable_data_ptr() : nullptr;
   args.weight_dtype = dtype_of(weight_dtype);
   args.dependent_launch = context.dependent_launch();
+  args.parts = context.compute_capability() >= 90 ? small_grad_parts(M, N, K, context.num_sms()) : 1;
   context.check(launch_small_grad(args, context.stream()));
   return {grad_x, grad_weight};
 }
