@@ -222,6 +222,42 @@ def _softmax_grad_(
     return None
 
 
+def _short_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    out = qkv.new_empty((B, T, width // (num_heads + 2 * num_kv_heads) * num_heads))
+    return out, qkv.new_empty((B, num_heads, T), dtype=torch.float32)
+
+
+def _short_attention_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _rotary_query_key(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    head_dim = width // (num_heads + 2 * num_kv_heads)
+    return qkv.new_empty((B, T, num_heads, head_dim)), qkv.new_empty((B, T, num_kv_heads, head_dim))
+
+
+def _rotary_query_key_backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    B, T, num_heads, head_dim = grad_query.shape
+    return grad_query.new_empty((B, T, (num_heads + 2 * grad_key.shape[2]) * head_dim))
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_act_int8": _quantize_act_int8,
     "rms_norm_quantize": _rms_norm_quantize,
@@ -250,6 +286,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
     "softmax_grad_": _softmax_grad_,
+    "short_attention": _short_attention,
+    "short_attention_backward": _short_attention_backward,
+    "rotary_query_key": _rotary_query_key,
+    "rotary_query_key_backward": _rotary_query_key_backward,
 }
 
 
@@ -299,6 +339,28 @@ def _bit_linear_backward(
     return grad_x, grad_weight, grad_bias, grad_gain, None, None, None
 
 
+# --- autograd of short_attention ---------------------------------------------------------------------------
+
+
+def _short_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cos, sin, num_heads, num_kv_heads = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, cos, sin, out, lse)
+    ctx.heads = (num_heads, num_kv_heads)
+
+
+def _short_attention_grad(
+    ctx: Any, grad_out: Tensor | None, _lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 5
+    qkv, cos, sin, out, lse = ctx.saved_tensors
+    grad_qkv = _ops.short_attention_backward(grad_out.contiguous(), qkv, cos, sin, out, lse, *ctx.heads)
+    return grad_qkv, None, None, None, None
+
+
 _registered = False
 
 
@@ -311,5 +373,8 @@ def register() -> None:
         torch.library.register_fake(f"bitnet_ext::{name}", fake)
     torch.library.register_autograd(
         "bitnet_ext::bit_linear", _bit_linear_backward, setup_context=_bit_linear_setup
+    )
+    torch.library.register_autograd(
+        "bitnet_ext::short_attention", _short_attention_grad, setup_context=_short_attention_setup
     )
     _registered = True

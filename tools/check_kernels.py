@@ -72,6 +72,8 @@ RULES = [
     Rule("grad_norm", r"square_sums_kernel", (LOAD_16,)),
     Rule("softmax", r"softmax_stats_kernel<", (LOAD_16,)),
     Rule("softmax", r"softmax_grad_kernel<", (LOAD_16, STORE_16)),
+    Rule("short_attention", r"short_attention_(backward_)?kernel<", (LOAD_16, r"\bLDS\.128", r"\bSTS\.128")),
+    Rule("rotary", r"rotary_kernel<\w+, [48],", (LOAD_16, STORE_16)),
 ]
 
 
