@@ -37,9 +37,10 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     moments = [torch.zeros_like(t) for t in pair], [torch.zeros_like(t) for t in pair]
     hyper = torch.tensor([1e-3, 0.1, 0.1, 0.05], device=device)
     one = torch.ones((), device=device)
+    shared = [make(16, K), weight]
     sums, latch = (
         torch.empty(1, dtype=torch.float64, device=device),
-        -torch.ones(3, dtype=torch.float64, device=device),
+        torch.tensor([-1.0, 0, 0, 0], dtype=torch.float64, device=device),
     )
     angle = make(M, 16)
     cos, sin = torch.cat((angle.cos(),) * 2, 1), torch.cat((-angle.sin(), angle.sin()), 1)
@@ -67,12 +68,14 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "prepacked_mm": (x_i8, act_scale, prepacked, N, two_scales, bias, [5, 7], torch.bfloat16, True),
         "bit_linear": (
             x.clone().requires_grad_(),
-            weight.clone().requires_grad_(),
-            bias.clone().requires_grad_(),
+            [w.clone().requires_grad_() for w in shared],
+            *ops.quantize_weights(shared),
+            make(N + 16).requires_grad_(),
             gain.clone().requires_grad_(),
             1e-5,
             True,
             torch.float32,
+            "exact",
         ),
         "rms_norm_backward": (make(2, M, K), x.detach(), gain.detach(), rstd),
         "sum_of_squares": (pair,),
@@ -85,11 +88,14 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             [0, 1],
             [1, 0],
             sums,
+            None,
+            -1,
             0.9,
             0.95,
             1e-8,
             False,
         ),
+        "sum_rows": (torch.tensor([3, 0, 3], device=device), make(3, 7), 5),
         "clip_gradients_": (pair, torch.zeros(1, dtype=torch.int64, device=device), 1.0, latch),
         "softmax_stats": (logits, target),
         "softmax_grad_": (

@@ -199,3 +199,19 @@ def test_a_replayed_step_never_waits_for_the_device() -> None:
     names = {event.key for event in profile.key_averages()}
     assert "cudaGraphLaunch" in names or any("raph" in name for name in names)
     assert not {name for name in names if "Synchronize" in name}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"optimizer": "adam_l2"}])
+def test_the_embedding_by_rows_equals_a_dense_gradient(
+    device: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, rows = runner(device, **settings)
+    assert step._embedding is not None
+    by_rows = run(step, rows, 0)
+    assert not step._loss.model.embed_tokens.sparse
+    monkeypatch.setattr(TrainStep, "_takes_rows", lambda self, model: False)
+    other, _ = runner(device, **settings)
+    torch.testing.assert_close(by_rows, run(other, rows, 0), rtol=1e-4, atol=1e-5)
+    for name, value in step.optimizer.named.items():
+        torch.testing.assert_close(value, other.optimizer.named[name], rtol=1e-3, atol=1e-4)

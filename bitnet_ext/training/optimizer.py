@@ -43,9 +43,16 @@ class FusedAdam:
         self.exp_avg = {name: torch.zeros_like(self.named[name]) for name in self._by_adam}
         self.exp_avg_sq = {name: torch.zeros_like(self.named[name]) for name in self._by_adam}
         device = next(iter(self.named.values())).device
-        self._latch = torch.full((1 + len(self.named),), -1.0, dtype=torch.float64, device=device)
+        self._latch = torch.zeros(2 + len(self.named), dtype=torch.float64, device=device)
+        self._latch[0] = -1.0
         self._no_step = torch.zeros(1, dtype=torch.int64, device=device)
         self._clipped: list[str] = []  # names behind the entries of the latch
+        self._row_grad: Tensor | None = (
+            None  # the sparse gradient, if there is one, of the parameter named so,
+        )
+        self._row_name: str | None = None
+        self._slots: Tensor | None = None  # where the rows of its tokens are in
+        self._sums = torch.empty(0, 0, device=device)
         self._groups: list[list[Tensor]] = []
         self._codes: list[QuantizedWeight] = []
         self._ternary: list[str] = []  # names of the weights of the groups, in order
@@ -78,20 +85,39 @@ class FusedAdam:
     def zero_grad(self) -> None:
         for p in self.named.values():
             p.grad = None
+        self._row_grad, self._row_name, self._slots = None, None, None
 
     def grad_norm_and_scale(self, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Global gradient norm and the factor that clips it to grad_clip, float32 [] each, without a sync.
 
         The factor is NaN from the first step on whose norm is not finite; `step` int64 [1] is the step's number.
         """
-        self._clipped = [name for name, p in self.named.items() if p.grad is not None]
-        grads = [self.named[name].grad for name in self._clipped]
+        grads = self._gradients()
+        self._clipped = list(grads)
         return ops.clip_gradients_(
-            grads,  # type: ignore[arg-type]
+            list(grads.values()),
             self._no_step if step is None else step,
             self.config.grad_clip,
-            self._latch[: 1 + len(grads)],
+            self._latch[: 2 + len(grads)],
         )
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """The gradients there are; of a sparse one the rows, with `_row_name` and `_slots` to go with them."""
+        grads = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+        by_rows = [name for name, grad in grads.items() if grad.is_sparse]
+        if len(by_rows) > 1:
+            raise ValueError(
+                f"FusedAdam: at most one gradient may be sparse, got those of {', '.join(by_rows)}"
+            )
+        if not by_rows:
+            self._row_name, self._slots = None, None
+        elif self._row_grad is not grads[by_rows[0]]:
+            self._row_grad, self._row_name = grads[by_rows[0]], by_rows[0]
+            ids, rows = self._row_grad._indices()[0], self._row_grad._values()
+            self._sums, self._slots = ops.sum_rows(ids, rows, self.named[self._row_name].shape[0])
+        if self._row_name is not None:
+            grads[self._row_name] = self._sums
+        return grads
 
     def first_bad_step(self) -> tuple[int, list[str]] | None:
         """The number of the first step whose gradient norm was not finite, and the parameters whose gradient
@@ -99,8 +125,8 @@ class FusedAdam:
         latch = self._latch.cpu()
         if not latch[0] >= 0:
             return None
-        finite = torch.isfinite(latch[1:]).tolist()
-        return int(latch[0]), [name for name, good in zip(self._clipped, finite, strict=False) if not good]
+        finite = torch.isfinite(latch[2 : 2 + len(self._clipped)]).tolist()
+        return int(latch[0]), [name for name, good in zip(self._clipped, finite, strict=True) if not good]
 
     def forget_bad_step(self) -> None:
         """Lets updates happen again after a gradient that was not finite."""
@@ -108,6 +134,8 @@ class FusedAdam:
 
     def step(self, hyper: Tensor, grad_scale: Tensor) -> None:
         """One update, and the new codes.
+
+        Gradients may be dense, and one of them sparse in its rows, as of an ``nn.Embedding(sparse=True)``.
 
         Args:
             hyper: float32 [5], a row of :func:`bitnet_ext.training.schedules.hyper_table`; with Adam the first
@@ -117,16 +145,17 @@ class FusedAdam:
         if self._muon is not None:
             self._muon.step(hyper[4], hyper[1], grad_scale)
         sums = self._abs_sums
-        if any(self.named[name].grad is None for name in self._ternary):
+        grads = self._gradients()
+        if not grads.keys() >= set(self._ternary):
             sums = None  # not every weight goes through the update
         # Ternary weights in the order of their groups, first: their blocks are the longest.
         first = [] if sums is None else self._ternary
         rest = [name for name in self._by_adam if name not in set(first)]
-        names = [name for name in [*first, *rest] if self.named[name].grad is not None]
+        names = [name for name in [*first, *rest] if name in grads]
         if names:
             ops.adam_step_(
                 [self.named[name].detach() for name in names],
-                [self.named[name].grad for name in names],  # type: ignore[misc]
+                [grads[name] for name in names],
                 [self.exp_avg[name] for name in names],
                 [self.exp_avg_sq[name] for name in names],
                 hyper[:4],
@@ -138,6 +167,8 @@ class FusedAdam:
                 decay=[self._decayed[name] for name in names],
                 ternary=[i < len(first) for i in range(len(names))],
                 abs_sums=sums,
+                slots=self._slots,
+                row_param=-1 if self._row_name is None else names.index(self._row_name),
             )
         if self._groups:
             ops.quantize_weight_groups_(self._groups, self._codes, sums)

@@ -11,6 +11,7 @@ micro-batch, and of evaluations in between, uses these codes.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -32,6 +33,10 @@ RECORD = ("loss", "cross_entropy", "entropy", "grad_norm")
 
 #: Steps whose rows are sent to a GPU at once: the host looks at the device once in so many steps.
 BLOCK_STEPS = 64
+
+
+#: Tokens of a step up to which a GPU takes the embedding's gradient by rows.
+MAX_ROW_TOKENS = 2048
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -115,9 +120,20 @@ class TrainStep:
         self._kept: list[tuple[WeightCache, list[Tensor], QuantizedWeight]] = []
         self._resident: dict[WeightCache, QuantizedWeight] = {}
         self._looked_for_caches = False
+        self._embedding = model.embed_tokens if self._takes_rows(model) else None
         self._launched = (0, 0)  # step before the launched ones, and how many they are
         self._graph: torch.cuda.CUDAGraph | None = None
         self._wants_graph = config.cuda_graph and device.type == "cuda" and world.size == 1
+
+    def _takes_rows(self, model: BitNetForCausalLM) -> bool:
+        """Whether the embedding's gradient comes as rows of the step's tokens instead of a matrix of zeros.
+
+        Not where the head adds a dense gradient to it, nor under DDP, which averages dense ones. On a GPU only as
+        long as comparing all tokens (:func:`bitnet_ext.ops.sum_rows`) is cheaper than the zeros.
+        """
+        tokens = self.config.tokens_per_step
+        few = self.device.type == "cpu" or tokens <= min(MAX_ROW_TOKENS, model.config.vocab_size)
+        return few and self.world.size == 1 and model.lm_head is not None
 
     def run(self, start: int, rows: NDArray[np.int64]) -> Tensor:
         """Runs the steps start + 1 .. start + n for rows [n, local batch, seq_len + 1], n <= block_steps.
@@ -166,6 +182,18 @@ class TrainStep:
                 raise NonFiniteGradientError(bad[0] + 1, bad[1], records[: bad[0] - start])
         return records
 
+    @contextlib.contextmanager
+    def _row_gradient(self) -> Iterator[None]:
+        """Within it a forward of the embedding has a sparse gradient, which is the rows of its tokens."""
+        if self._embedding is None:
+            yield
+            return
+        before, self._embedding.sparse = self._embedding.sparse, True
+        try:
+            yield
+        finally:
+            self._embedding.sparse = before
+
     def _keep_codes(self) -> None:
         """Has the optimiser keep the codes of every weight up to date that the model's caches hold by now."""
         own = {id(p) for p in self.optimizer.named.values()}
@@ -196,6 +224,7 @@ class TrainStep:
             with (
                 contextlib.nullcontext() if together else self._loss.no_sync(),  # type: ignore[operator]
                 resident_weights(self._resident),
+                self._row_gradient(),
             ):
                 loss, cross_entropy, entropy = self._loss(micro_rows)
                 (loss / accumulation if accumulation > 1 else loss).backward()
