@@ -44,6 +44,7 @@ class Rule:
 LOAD_16 = r"\bLDG\.E\.128"
 STORE_16 = r"\bSTG\.E\.128"
 LOAD_MATRIX = r"\bLDSM\.16\.M88\.4"
+LOAD_MATRIX_T = r"\bLDSM\.16\.MT88\.4"
 COPY_16 = r"\bLDGSTS\.E\.(BYPASS\.)?(\w+\.)*128"
 RULES = [
     Rule("gemv", r"gemv_kernel<", (r"\bIMMA\.16832\.S8\.S8", r"\bLDG\.E\.(NA\.)?128")),
@@ -72,6 +73,11 @@ RULES = [
     Rule("grad_norm", r"square_sums_kernel", (LOAD_16,)),
     Rule("softmax", r"softmax_stats_kernel<", (LOAD_16,)),
     Rule("softmax", r"softmax_grad_kernel<", (LOAD_16, STORE_16)),
+    Rule("small_grad", r"small_grad_kernel<", (r"\bHMMA\.16816\.F32\.BF16",)),
+    Rule("small_grad", r"small_grad_kernel<float, true", (LOAD_16, STORE_16)),
+    Rule("skinny_mm", r"skinny_nt_kernel<", (r"\bHMMA\.16816\.F32", LOAD_16, LOAD_MATRIX)),
+    Rule("skinny_mm", r"skinny_tn_kernel", (r"\bHMMA\.16816\.F32", LOAD_16, LOAD_MATRIX_T, STORE_16)),
+    Rule("skinny_nn", r"skinny_nn_kernel", (r"\bHMMA\.16816\.F32", LOAD_16, LOAD_MATRIX, LOAD_MATRIX_T)),
 ]
 
 

@@ -1,4 +1,5 @@
-// fp32 products of few tokens with a tall matrix, as an output layer needs them: csrc/cuda/skinny_mm.cu.
+// fp32 products of few tokens with a tall matrix, as an output layer needs them: csrc/cuda/skinny_mm.cu
+// (nt, tn) and skinny_nn.cu.
 #pragma once
 
 #include <cuda_runtime.h>
