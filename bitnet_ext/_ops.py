@@ -1,4 +1,4 @@
-"""Fake kernels (shapes for tracing) and autograd of the operators declared in csrc/ops.cpp."""
+"""Fake kernels (shapes for tracing) of the operators declared in csrc/ops.cpp; their registration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ops = torch.ops.bitnet_ext
+from bitnet_ext import _autograd
+from bitnet_ext.ops import loss
 
 
 def _packed_width(K: int) -> int:
@@ -145,20 +146,20 @@ def _prepacked_mm(
 
 def _bit_linear(
     x: Tensor,
-    weight: Tensor,
+    weights: list[Tensor],
+    packed: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_eps: float,
     normalize: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x_i8, act_scale = _quantize_act_int8(x)
     rstd = x.new_empty(x.shape[:-1] if normalize else (0,), dtype=torch.float32)
-    packed, weight_scale = _quantize_pack_weight(weight)
-    if weight.device.type == "cuda":
-        packed = _prepacked(weight, *weight.shape)
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
-    return y, x_i8, act_scale, rstd, packed, weight_scale
+    y = x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in weights)), dtype=out_dtype)
+    return y, x_i8, act_scale, rstd
 
 
 def _rms_norm_backward(grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,6 +196,10 @@ def _clip_gradients_(
     return norm, torch.empty_like(norm)
 
 
+def _sum_rows(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty((V,), dtype=torch.int32)
+
+
 def _adam_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -205,6 +210,8 @@ def _adam_step_(
     decay: list[int],
     ternary: list[int],
     abs_sums: Tensor | None,
+    slots: Tensor | None,
+    row_param: int,
     beta1: float,
     beta2: float,
     eps: float,
@@ -225,31 +232,59 @@ def _softmax_stats(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _softmax_grad_(
+def _count_targets(target: Tensor) -> Tensor:
+    return target.new_empty((), dtype=torch.float32)
+
+
+def _cross_entropy_rows_(
     logits: Tensor,
+    V: int,
     target: Tensor,
-    lse: Tensor,
-    row_scale: Tensor,
-    row_coef: Tensor,
+    count: Tensor | None,
     log_marginal: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
     entropy_weight: float,
     diversity_weight: float,
-    target_weight: float,
-    uniform_weight: float,
-) -> None:
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T = logits.shape[0]
+    lse, cross_entropy, entropy, smoothing = (logits.new_empty((T,), dtype=torch.float32) for _ in range(4))
+    return lse, cross_entropy, entropy, smoothing, logits.new_empty((T,), dtype=torch.int64)
+
+
+def _cross_entropy_mean(
+    lse: Tensor,
+    cross_entropy: Tensor,
+    entropy: Tensor,
+    smoothing: Tensor,
+    target: Tensor,
+    marginal_entropy: Tensor | None,
+    square_sum: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    entropy_weight: float,
+    diversity_weight: float,
+    output_l2: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, mean_cross_entropy, mean_entropy, mean_square = (lse.new_empty(()) for _ in range(4))
+    return loss, mean_cross_entropy, mean_entropy, mean_square
+
+
+def _probability_sums(logits: Tensor, V: int, target: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    return lse.new_empty(((logits.shape[0] + 31) // 32, V))
+
+
+def _scale_(tensors: list[Tensor], scale: Tensor) -> None:
     return None
 
 
-def _skinny_mm_nt(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden.new_empty((hidden.shape[0], (weight.shape[0] + 63) // 64 * 64))
+def _skinny_mm(out: Tensor, left: Tensor, right: Tensor) -> None:
+    return None
 
 
-def _skinny_mm_nn(grad: Tensor, weight: Tensor) -> Tensor:
-    return weight.new_empty((grad.shape[0], weight.shape[1]))
-
-
-def _skinny_mm_tn(grad: Tensor, hidden: Tensor) -> Tensor:
-    return hidden.new_empty((grad.shape[1], hidden.shape[1]))
+def _skinny_mm_tn_(out: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) -> None:
+    return None
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -278,59 +313,19 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bit_linear_grad": _bit_linear_grad,
     "sum_of_squares": _sum_of_squares,
     "clip_gradients_": _clip_gradients_,
+    "sum_rows": _sum_rows,
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
-    "softmax_grad_": _softmax_grad_,
-    "skinny_mm_nt": _skinny_mm_nt,
-    "skinny_mm_nn": _skinny_mm_nn,
-    "skinny_mm_tn": _skinny_mm_tn,
+    "count_targets": _count_targets,
+    "cross_entropy_rows_": _cross_entropy_rows_,
+    "cross_entropy_mean": _cross_entropy_mean,
+    "probability_sums": _probability_sums,
+    "scale_": _scale_,
+    "linear_cross_entropy": loss.fake,
+    "skinny_mm_nt_": _skinny_mm,
+    "skinny_mm_nn_": _skinny_mm,
+    "skinny_mm_tn_": _skinny_mm_tn_,
 }
-
-
-# --- autograd of bit_linear: the straight-through estimator ------------------------------------------------
-
-
-def _bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, norm_weight, _eps, normalize, _out_dtype = inputs
-    _y, x_i8, act_scale, rstd, packed, weight_scale = output
-    # The norm's backward needs x itself; without a norm the int8 form is all that is kept.
-    ctx.save_for_backward(x if normalize else None, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
-    # Without this every unused output gets a gradient of zeros: six kernels a layer.
-    ctx.set_materialize_grads(False)
-    ctx.normalize = normalize
-    ctx.x_dtype = x.dtype
-    ctx.weight_dtype = weight.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _bit_linear_backward(
-    ctx: Any, grad_y: Tensor | None, *_unused: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """dL/dx_q = g W_q and dL/dW = g^T x_q, passed unchanged through both quantisers."""
-    if grad_y is None:
-        return (None,) * 7
-    x, norm_weight, x_i8, act_scale, rstd, packed, weight_scale = ctx.saved_tensors
-    K = x_i8.shape[-1]
-    grad = grad_y.reshape(-1, grad_y.shape[-1])
-    grad_x = grad_weight = grad_bias = grad_gain = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-        if packed.dtype == torch.int32:
-            weight_q = _ops.dequantize_prepacked(packed, weight_scale, grad.shape[-1], K, grad.dtype)
-        else:
-            weight_q = _ops.dequantize_ternary(packed, weight_scale, K, grad.dtype)
-        grad_x = torch.mm(grad, weight_q).reshape(x_i8.shape)
-        if ctx.normalize:
-            grad_x, grad_gain = _ops.rms_norm_backward(grad_x, x, norm_weight, rstd)
-        else:
-            grad_x = grad_x.to(ctx.x_dtype)
-    if ctx.needs_input_grad[1]:
-        x_q = _ops.dequantize_act(x_i8, act_scale, grad.dtype)
-        grad_weight = torch.mm(grad.t(), x_q.reshape(-1, K)).to(ctx.weight_dtype)
-    if ctx.needs_input_grad[2]:
-        grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    if norm_weight is None:
-        grad_gain = None
-    return grad_x, grad_weight, grad_bias, grad_gain, None, None, None
 
 
 _registered = False
@@ -343,7 +338,8 @@ def register() -> None:
         return
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"bitnet_ext::{name}", fake)
-    torch.library.register_autograd(
-        "bitnet_ext::bit_linear", _bit_linear_backward, setup_context=_bit_linear_setup
-    )
+    torch.library.impl("bitnet_ext::linear_cross_entropy", ("cpu", "cuda"), loss.forward)
+    formulas = {**_autograd.FORMULAS, "linear_cross_entropy": (loss.setup, loss.backward)}
+    for name, (setup, backward) in formulas.items():
+        torch.library.register_autograd(f"bitnet_ext::{name}", backward, setup_context=setup)
     _registered = True

@@ -46,11 +46,13 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def(
       "prepacked_mm(Tensor x_i8, Tensor act_scale, Tensor prepacked, int N, Tensor weight_scale, "
       "Tensor? bias, int[] segments, ScalarType out_dtype, bool weight_is_constant) -> Tensor");
-  // `packed` is the canonical form on the CPU and the prepacked one on CUDA.
+  // `weights` [N_i, K] are stacked along N; `packed` and `weight_scale` [S] are their codes as of
+  // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact", "int8")
+  // names the gradients, which are those of _autograd.py.
   m.def(
-      "bit_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, "
-      "bool normalize, ScalarType out_dtype) -> "
-      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor packed, Tensor weight_scale)");
+      "bit_linear(Tensor x, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "Tensor? norm_weight, float norm_eps, bool normalize, ScalarType out_dtype, str backward) -> "
+      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
   m.def(
       "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor "
       "grad_gain)");
@@ -61,31 +63,55 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "(Tensor grad_x_q, Tensor grad_weight)");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
-  // (norm, grad_scale), both float32 []. latch float64 [1 + n]: the first step whose norm was not finite, or
-  // a negative number, and the sums of squares of that step; once it holds a step, grad_scale is NaN.
+  // (norm, grad_scale), both float32 []. latch float64 [2 + n]: the first step whose norm was not finite, or
+  // a negative number, a counter of the kernel's, and the sums of squares of that step; once it holds a step,
+  // grad_scale is NaN.
   m.def(
       "clip_gradients_(Tensor[] grads, Tensor step, float max_norm, Tensor(a!) latch) -> "
       "(Tensor norm, Tensor grad_scale)");
+  // The gradient of an embedding [V, H] from the rows [T, H] of ids [T]: sums [T, H] holds the sum of all
+  // rows of an id where it first occurs, else 0; slots int32 [V] the place of an id in it, or -1.
+  m.def("sum_rows(Tensor ids, Tensor rows, int V) -> (Tensor sums, Tensor slots)");
   // decay, ternary: 0 or 1 for each of params. abs_sums: partial sums of the new magnitudes of the ternary
-  // ones, for quantize_weight_groups_.
+  // ones, for quantize_weight_groups_. slots: grads[row_param] holds rows, as from sum_rows (else -1).
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-      "Tensor hyper, Tensor grad_scale, int[] decay, int[] ternary, Tensor(d!)? abs_sums, float beta1, "
-      "float beta2, float eps, bool decoupled) -> ()");
+      "Tensor hyper, Tensor grad_scale, int[] decay, int[] ternary, Tensor(d!)? abs_sums, Tensor? slots, "
+      "int row_param, float beta1, float beta2, float eps, bool decoupled) -> ()");
   // --- loss ---
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "
       "(Tensor lse, Tensor target_logit, Tensor mean_logit, Tensor expected_logit, Tensor argmax)");
+  // Logits are [T, S] with the vocabulary in the first V columns; what lies behind is padding.
+  m.def("count_targets(Tensor target) -> Tensor");
   m.def(
-      "softmax_grad_(Tensor(a!) logits, Tensor target, Tensor lse, Tensor row_scale, Tensor row_coef, "
-      "Tensor? log_marginal, float entropy_weight, float diversity_weight, float target_weight, "
-      "float uniform_weight) -> ()");
+      "cross_entropy_rows_(Tensor(a!) logits, int V, Tensor target, Tensor? count, Tensor? log_marginal, "
+      "float label_smoothing, float z_loss, float entropy_weight, float diversity_weight, float softcap) -> "
+      "(Tensor lse, Tensor cross_entropy, Tensor entropy, Tensor smoothing, Tensor argmax)");
+  m.def(
+      "cross_entropy_mean(Tensor lse, Tensor cross_entropy, Tensor entropy, Tensor smoothing, Tensor target, "
+      "Tensor? marginal_entropy, Tensor? square_sum, float label_smoothing, float z_loss, "
+      "float entropy_weight, float diversity_weight, float output_l2) -> "
+      "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square)");
+  m.def("probability_sums(Tensor logits, int V, Tensor target, Tensor lse, float softcap) -> Tensor");
+  m.def("scale_(Tensor(a!)[] tensors, Tensor scale) -> ()");
+  // Implemented in bitnet_ext/ops/loss.py from the operators above and matrix products.
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, float label_smoothing, "
+      "float z_loss, float entropy_weight, float diversity_weight, float softcap, float output_l2, "
+      "int chunk_bytes, bool needs_grad_hidden, bool needs_grad_weight) -> "
+      "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square, "
+      "Tensor marginal_entropy, Tensor cross_entropy, Tensor entropy, Tensor argmax, Tensor mean_p, "
+      "Tensor grad_hidden, Tensor grad_weight)");
   // fp32 products of few tokens with a tall matrix, on CUDA: hidden [T, H], weight [V, H], grad [T, V].
-  // nt: hidden weight^T in rows of a multiple of 64, with zeros (times hidden) beyond V; nn: grad weight; tn:
-  // grad^T hidden.
-  m.def("skinny_mm_nt(Tensor hidden, Tensor weight) -> Tensor");
-  m.def("skinny_mm_nn(Tensor grad, Tensor weight) -> Tensor");
-  m.def("skinny_mm_tn(Tensor grad, Tensor hidden) -> Tensor");
+  // nt: out [T, S] = hidden weight^T, with zeros in the columns beyond V; nn: out [T, H] = grad weight; tn:
+  // out [V, H] = grad^T hidden, or out plus that.
+  m.def("skinny_mm_nt_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()");
+  m.def("skinny_mm_nn_(Tensor(a!) out, Tensor grad, Tensor weight) -> ()");
+  m.def("skinny_mm_tn_(Tensor(a!) out, Tensor grad, Tensor hidden, bool accumulate) -> ()");
+  // Asks the system for large pages behind a tensor that is about to be written first. Without effect where
+  // there are none.
+  m.def("_prefer_huge_pages(Tensor tensor) -> ()");
   // --- settings of the process, for tests and bug reports ---
   m.def("_cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");

@@ -10,14 +10,15 @@ import torch
 from bitnet_ext import _ops, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-#: The CPU's products read the packed form.
+#: The CPU's products read the packed form, and it can look at a scale.
 CUDA_ONLY = {
     "prepacked_mm",
     "prepacked_mm_int32",
+    "scale_",
     "bit_linear_grad",
-    "skinny_mm_nt",
-    "skinny_mm_nn",
-    "skinny_mm_tn",
+    "skinny_mm_nt_",
+    "skinny_mm_nn_",
+    "skinny_mm_tn_",
 }
 
 
@@ -32,14 +33,17 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     stack = ops.quantize_weights([weight])
     two_scales = torch.rand(2, device=device)
     logits, target = make(M, V), torch.tensor([3, -100, 60, 0, 9], device=device)
-    stats = ops.softmax_stats(logits, target)
+    padded = make(M, 64)
+    count = torch.ops.bitnet_ext.count_targets(target)
+    stats = torch.ops.bitnet_ext.cross_entropy_rows_(padded, V, target, None, None, 0.0, 0.0, 0.0, 0.0, 0.0)
     pair = [make(3, 4), make(7)]
     moments = [torch.zeros_like(t) for t in pair], [torch.zeros_like(t) for t in pair]
     hyper = torch.tensor([1e-3, 0.1, 0.1, 0.05], device=device)
     one = torch.ones((), device=device)
+    shared = [make(16, K), weight]
     sums, latch = (
         torch.empty(1, dtype=torch.float64, device=device),
-        -torch.ones(3, dtype=torch.float64, device=device),
+        torch.tensor([-1.0, 0, 0, 0], dtype=torch.float64, device=device),
     )
     return {
         "quantize_act_int8": (x,),
@@ -64,12 +68,14 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "prepacked_mm": (x_i8, act_scale, prepacked, N, two_scales, bias, [5, 7], torch.bfloat16, True),
         "bit_linear": (
             x.clone().requires_grad_(),
-            weight.clone().requires_grad_(),
-            bias.clone().requires_grad_(),
+            [w.clone().requires_grad_() for w in shared],
+            *ops.quantize_weights(shared),
+            make(N + 16).requires_grad_(),
             gain.clone().requires_grad_(),
             1e-5,
             True,
             torch.float32,
+            "exact",
         ),
         "rms_norm_backward": (make(2, M, K), x.detach(), gain.detach(), rstd),
         "bit_linear_grad": (
@@ -93,27 +99,32 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             [0, 1],
             [1, 0],
             sums,
+            None,
+            -1,
             0.9,
             0.95,
             1e-8,
             False,
         ),
+        "sum_rows": (torch.tensor([3, 0, 3], device=device), make(3, 7), 5),
         "clip_gradients_": (pair, torch.zeros(1, dtype=torch.int64, device=device), 1.0, latch),
-        "skinny_mm_nt": (make(M, 24), make(V, 24)),
-        "skinny_mm_nn": (make(M, 60), make(60, 24)),
-        "skinny_mm_tn": (make(M, 60), make(M, 24)),
+        "skinny_mm_nt_": (torch.zeros(M, 64, device=device), make(M, 24), make(V, 24)),
+        "skinny_mm_nn_": (make(M, 24), make(M, 60), make(60, 24)),
+        "skinny_mm_tn_": (make(60, 24), make(M, 60), make(M, 24), True),
         "softmax_stats": (logits, target),
-        "softmax_grad_": (
-            logits.clone(),
+        "count_targets": (target,),
+        "cross_entropy_rows_": (padded.clone(), V, target, count, make(V), 0.1, 1e-3, 0.1, 0.2, 20.0),
+        "cross_entropy_mean": (*stats[:4], target, one, one.double(), 0.1, 1e-3, 0.1, 0.2, 1e-4),
+        "probability_sums": (padded, V, target, stats[0], 20.0),
+        "scale_": ([make(3, 4), make(7)], one),
+        "linear_cross_entropy": (
+            make(M, K).requires_grad_(),
+            make(V, K).requires_grad_(),
             target,
-            stats.lse.float(),
-            make(M),
-            make(M),
-            make(V),
-            0.1,
-            0.2,
-            0.9,
-            0.1 / V,
+            *(0.1, 1e-3, 0.1, 0.2, 20.0, 1e-4),
+            600,
+            True,
+            True,
         ),
     }
 

@@ -216,7 +216,7 @@ struct TnStream {
   float4 stage[8];
 
   __device__ __forceinline__ TnStream(const SkinnyArgs& a, uint8_t* memory, int first)
-      : args(a), shared(memory), first_token(first), accumulate(first > 0) {
+      : args(a), shared(memory), first_token(first), accumulate(a.accumulate || first > 0) {
     const int g = lane / 4, t = lane % 4;
     const int col = 32 * warp + 4 * g;
     const auto load = [&](int step, int i) {
