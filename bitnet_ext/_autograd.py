@@ -49,7 +49,12 @@ def exact_grads(
     Returns:
         grad_x_q [M, K] in grad_y's dtype and grad_weight [N, K] in `weight_dtype`; None where it is not needed.
     """
-    N, K = grad_y.shape[1], x_i8.shape[1]
+    (M, N), K = grad_y.shape, x_i8.shape[1]
+    if grad_y.is_cuda and packed.dtype == torch.int32 and prefers_small_grad(M, N, K, grad_y.dtype):
+        both = exact_grads_small(
+            grad_y, x_i8, act_scale, packed, weight_scale, segments, need_input, need_weight, weight_dtype
+        )
+        return both[0] if need_input else None, both[1] if need_weight else None
     grad_x = grad_weight = None
     if packed.dtype == torch.int32 and prefers_small_grad(grad_y.shape[0], N, K, grad_y.dtype):
         grad_x, grad_weight = exact_grads_small(

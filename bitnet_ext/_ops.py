@@ -279,16 +279,12 @@ def _scale_(tensors: list[Tensor], scale: Tensor) -> None:
     return None
 
 
-def _skinny_mm_nt(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden.new_empty((hidden.shape[0], (weight.shape[0] + 63) // 64 * 64))
+def _skinny_mm(out: Tensor, left: Tensor, right: Tensor) -> None:
+    return None
 
 
-def _skinny_mm_nn(grad: Tensor, weight: Tensor) -> Tensor:
-    return weight.new_empty((grad.shape[0], weight.shape[1]))
-
-
-def _skinny_mm_tn(grad: Tensor, hidden: Tensor) -> Tensor:
-    return hidden.new_empty((grad.shape[1], hidden.shape[1]))
+def _skinny_mm_tn_(out: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) -> None:
+    return None
 
 
 def _short_attention(
@@ -362,9 +358,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "probability_sums": _probability_sums,
     "scale_": _scale_,
     "linear_cross_entropy": loss.fake,
-    "skinny_mm_nt": _skinny_mm_nt,
-    "skinny_mm_nn": _skinny_mm_nn,
-    "skinny_mm_tn": _skinny_mm_tn,
+    "skinny_mm_nt_": _skinny_mm,
+    "skinny_mm_nn_": _skinny_mm,
+    "skinny_mm_tn_": _skinny_mm_tn_,
     "short_attention": _short_attention,
     "short_attention_backward": _short_attention_backward,
     "rotary_query_key": _rotary_query_key,

@@ -103,15 +103,15 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square, "
       "Tensor marginal_entropy, Tensor cross_entropy, Tensor entropy, Tensor argmax, Tensor mean_p, "
       "Tensor grad_hidden, Tensor grad_weight)");
+  // fp32 products of few tokens with a tall matrix, on CUDA: hidden [T, H], weight [V, H], grad [T, V].
+  // nt: out [T, S] = hidden weight^T, with zeros in the columns beyond V; nn: out [T, H] = grad weight; tn:
+  // out [V, H] = grad^T hidden, or out plus that.
+  m.def("skinny_mm_nt_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()");
+  m.def("skinny_mm_nn_(Tensor(a!) out, Tensor grad, Tensor weight) -> ()");
+  m.def("skinny_mm_tn_(Tensor(a!) out, Tensor grad, Tensor hidden, bool accumulate) -> ()");
   // Asks the system for large pages behind a tensor that is about to be written first. Without effect where
   // there are none.
   m.def("_prefer_huge_pages(Tensor tensor) -> ()");
-  // fp32 products of few tokens with a tall matrix, on CUDA: hidden [T, H], weight [V, H], grad [T, V].
-  // nt: hidden weight^T in rows of a multiple of 64, with zeros (times hidden) beyond V; nn: grad weight; tn:
-  // grad^T hidden.
-  m.def("skinny_mm_nt(Tensor hidden, Tensor weight) -> Tensor");
-  m.def("skinny_mm_nn(Tensor grad, Tensor weight) -> Tensor");
-  m.def("skinny_mm_tn(Tensor grad, Tensor hidden) -> Tensor");
   // --- attention, on CUDA only: the caller composes it of PyTorch's operators elsewhere ---
   // qkv [B, T, (num_heads + 2 num_kv_heads) D] stacks queries, keys and values; cos, sin float32 [T, D] of
   // rotary_table. Short: T <= 128 and T D <= 8192, D = 32, 64 or 128. lse float32 [B, num_heads, T].
