@@ -167,6 +167,24 @@ def _rms_norm_backward(grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Ten
     return x.new_empty(x.shape), grad_gain
 
 
+def _bit_linear_grad(
+    grad_y: Tensor,
+    x_i8: Tensor,
+    act_scale: Tensor,
+    prepacked: Tensor,
+    weight_scale: Tensor,
+    segments: list[int],
+    need_input: bool,
+    need_weight: bool,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    N, K = grad_y.shape[1], x_i8.shape[1]
+    return (
+        grad_y.new_empty(x_i8.shape if need_input else (0,)),
+        grad_y.new_empty((N, K) if need_weight else (0,), dtype=weight_dtype),
+    )
+
+
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((), dtype=torch.float64)
 
@@ -261,6 +279,18 @@ def _scale_(tensors: list[Tensor], scale: Tensor) -> None:
     return None
 
 
+def _skinny_mm_nt(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], (weight.shape[0] + 63) // 64 * 64))
+
+
+def _skinny_mm_nn(grad: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty((grad.shape[0], weight.shape[1]))
+
+
+def _skinny_mm_tn(grad: Tensor, hidden: Tensor) -> Tensor:
+    return hidden.new_empty((grad.shape[1], hidden.shape[1]))
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_act_int8": _quantize_act_int8,
     "rms_norm_quantize": _rms_norm_quantize,
@@ -284,6 +314,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "prepacked_mm": _prepacked_mm,
     "bit_linear": _bit_linear,
     "rms_norm_backward": _rms_norm_backward,
+    "bit_linear_grad": _bit_linear_grad,
     "sum_of_squares": _sum_of_squares,
     "clip_gradients_": _clip_gradients_,
     "sum_rows": _sum_rows,
@@ -295,6 +326,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "probability_sums": _probability_sums,
     "scale_": _scale_,
     "linear_cross_entropy": loss.fake,
+    "skinny_mm_nt": _skinny_mm_nt,
+    "skinny_mm_nn": _skinny_mm_nn,
+    "skinny_mm_tn": _skinny_mm_tn,
 }
 
 

@@ -56,6 +56,11 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def(
       "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor "
       "grad_gain)");
+  // The exact gradients of bit_linear's product for few tokens, on CUDA; [0] tensors for what is not needed.
+  m.def(
+      "bit_linear_grad(Tensor grad_y, Tensor x_i8, Tensor act_scale, Tensor prepacked, Tensor weight_scale, "
+      "int[] segments, bool need_input, bool need_weight, ScalarType weight_dtype) -> "
+      "(Tensor grad_x_q, Tensor grad_weight)");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
   // (norm, grad_scale), both float32 []. latch float64 [2 + n]: the first step whose norm was not finite, or
@@ -101,6 +106,12 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   // Asks the system for large pages behind a tensor that is about to be written first. Without effect where
   // there are none.
   m.def("_prefer_huge_pages(Tensor tensor) -> ()");
+  // fp32 products of few tokens with a tall matrix, on CUDA: hidden [T, H], weight [V, H], grad [T, V].
+  // nt: hidden weight^T in rows of a multiple of 64, with zeros (times hidden) beyond V; nn: grad weight; tn:
+  // grad^T hidden.
+  m.def("skinny_mm_nt(Tensor hidden, Tensor weight) -> Tensor");
+  m.def("skinny_mm_nn(Tensor grad, Tensor weight) -> Tensor");
+  m.def("skinny_mm_tn(Tensor grad, Tensor hidden) -> Tensor");
   // --- settings of the process, for tests and bug reports ---
   m.def("_cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");

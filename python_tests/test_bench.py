@@ -95,6 +95,20 @@ def test_train_step(device: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_optimizer(device: str, tmp_path: Path) -> None:
+    printed, result = run_script("optimizer.py", tmp_path, "--device", device, "--threads", "1")
+    check_common(result, "optimizer", device)
+    (row,) = result["rows"]
+    assert row["model"] == "collapse-64" and row["parameters"] > row["ternary"] > 0
+    assert len(row["variants"]) == 7
+    for name, variant in row["variants"].items():
+        assert name in printed
+        check_seconds(variant["seconds"])
+        assert (variant["bytes"] is None) == (name in ("fused", "foreach", "muon"))
+    assert row["variants"]["ours"]["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_packed_linear(device: str, tmp_path: Path) -> None:
     shapes = ("64x48", "33x30")
     options = ("--device", device, "--tokens", "1", "24", "--threads", "1")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import bitnet_ext
+from bitnet_ext.ops import abs_sums_like
 
 ops = torch.ops.bitnet_ext
 
@@ -101,9 +102,15 @@ def case_bit_linear(M: int, N: int, K: int, dtype: torch.dtype, generator: torch
     x = normal(generator, M, K).to(dtype)
     weight = normal(generator, N, K, scale=0.02)
     gain, bias = normal(generator, K), normal(generator, N)
+    weights = [weight, normal(generator, 3, K, scale=0.05)]
+    packed, weight_scale = ops.quantize_weights(weights)
+    stacked_bias = torch.cat([bias, bias[:3] if N >= 3 else torch.ones(3)])
+    one = ops.quantize_weights([weight])
     return [
-        *ops.bit_linear(x, weight, bias, gain, 1e-5, True, dtype),
-        *ops.bit_linear(x, weight, None, None, 1e-5, False, dtype),
+        packed,
+        weight_scale,
+        *ops.bit_linear(x, weights, packed, weight_scale, stacked_bias, gain, 1e-5, True, dtype, "exact"),
+        *ops.bit_linear(x, [weight], *one, None, None, 1e-5, False, dtype, "exact"),
     ]
 
 
@@ -123,8 +130,16 @@ def case_optimizer(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.
         exp_avg_sq = [normal(generator, N, K).square(), normal(generator, K).square()]
         hyper = torch.tensor([1e-2, 0.1, 0.271, 0.002997])
         scale = torch.tensor(0.7)
-        ops.adam_step_(params, grads, exp_avg, exp_avg_sq, hyper, scale, 0.9, 0.999, 1e-8, decoupled, decay)
-        outputs += params + exp_avg + exp_avg_sq
+        sums = abs_sums_like(params[:1])
+        state = (params, grads, exp_avg, exp_avg_sq, hyper, scale, [int(decay), 0])
+        constants = (0.9, 0.999, 1e-8, decoupled)
+        ops.adam_step_(*state, [1, 0], sums, None, -1, *constants)
+        outputs += [*(t.clone() for t in (*params, *exp_avg, *exp_avg_sq)), sums]
+        grads[0], slots = ops.sum_rows(
+            torch.randint(0, N, (M,), generator=generator), normal(generator, M, K), N
+        )
+        ops.adam_step_(*state, [0, 0], None, slots, 0, *constants)
+        outputs += [grads[0], slots, *params, *exp_avg, *exp_avg_sq]
     return outputs
 
 
@@ -284,7 +299,9 @@ def test_nan_and_inf_are_refused(dtype: torch.dtype, bad: float, isa: str) -> No
             lambda x=x: ops.rms_norm_quantize(x, torch.ones(67), 1e-5),
             lambda x=x: ops.quantize_weight_ternary(x),
             lambda x=x: ops.quantize_pack_weight(x),
-            lambda x=x, w=weight: ops.bit_linear(x, w, None, None, 1e-5, False, torch.float32),
+            lambda x=x, w=weight: ops.bit_linear(
+                x, [w], *ops.quantize_weights([w]), None, None, 1e-5, False, torch.float32, "exact"
+            ),
         ):
             with pytest.raises(RuntimeError, match=r"^bitnet_ext\.\w+: (x|weight) holds NaN or Inf"):
                 call()

@@ -11,7 +11,15 @@ from bitnet_ext import _ops, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 #: The CPU's products read the packed form, and it can look at a scale.
-CUDA_ONLY = {"prepacked_mm", "prepacked_mm_int32", "scale_"}
+CUDA_ONLY = {
+    "prepacked_mm",
+    "prepacked_mm_int32",
+    "bit_linear_grad",
+    "skinny_mm_nt",
+    "skinny_mm_nn",
+    "skinny_mm_tn",
+    "scale_",
+}
 
 
 def samples(device: str) -> dict[str, tuple[Any, ...]]:
@@ -70,6 +78,17 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             "exact",
         ),
         "rms_norm_backward": (make(2, M, K), x.detach(), gain.detach(), rstd),
+        "bit_linear_grad": (
+            make(M, N),
+            ops.quantize_act_int8(make(M, K))[0],
+            torch.rand(M, device=device),
+            prepacked,
+            torch.rand(1, device=device),
+            [N],
+            True,
+            True,
+            torch.bfloat16,
+        ),
         "sum_of_squares": (pair,),
         "adam_step_": (
             pair,
@@ -89,6 +108,9 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         ),
         "sum_rows": (torch.tensor([3, 0, 3], device=device), make(3, 7), 5),
         "clip_gradients_": (pair, torch.zeros(1, dtype=torch.int64, device=device), 1.0, latch),
+        "skinny_mm_nt": (make(M, 24), make(V, 24)),
+        "skinny_mm_nn": (make(M, 60), make(60, 24)),
+        "skinny_mm_tn": (make(M, 60), make(M, 24)),
         "softmax_stats": (logits, target),
         "count_targets": (target,),
         "cross_entropy_rows_": (padded.clone(), V, target, count, make(V), 0.1, 1e-3, 0.1, 0.2, 20.0),
