@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_ext.ops.small_grad import exact_grads_small, prefers_small_grad
+
 _ops = torch.ops.bitnet_ext
 
 #: (grad_y [M, N], x_i8 [M, K], act_scale [M], packed, weight_scale [S], segments, need_input, need_weight,
@@ -49,6 +51,11 @@ def exact_grads(
     """
     N, K = grad_y.shape[1], x_i8.shape[1]
     grad_x = grad_weight = None
+    if packed.dtype == torch.int32 and prefers_small_grad(grad_y.shape[0], N, K, grad_y.dtype):
+        grad_x, grad_weight = exact_grads_small(
+            grad_y, x_i8, act_scale, packed, weight_scale, segments, need_input, need_weight, weight_dtype
+        )
+        return grad_x if need_input else None, grad_weight if need_weight else None
     if need_input:
         scale = weight_scale
         if len(segments) > 1:
@@ -142,7 +149,30 @@ def _bit_linear_backward(ctx: Any, grad_y: Tensor | None, *_unused: Tensor | Non
     return grad_x, grad_weights, None, None, grad_bias, grad_gain, None, None, None, None
 
 
+# --- short_attention -----------------------------------------------------------------------------------------
+
+
+def _short_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cos, sin, num_heads, num_kv_heads = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, cos, sin, out, lse)
+    ctx.heads = (num_heads, num_kv_heads)
+
+
+def _short_attention_backward(
+    ctx: Any, grad_out: Tensor | None, _lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 5
+    qkv, cos, sin, out, lse = ctx.saved_tensors
+    grad_qkv = _ops.short_attention_backward(grad_out.contiguous(), qkv, cos, sin, out, lse, *ctx.heads)
+    return grad_qkv, None, None, None, None
+
+
 #: Of each operator: what it saves, and its backward.
 FORMULAS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "bit_linear": (_bit_linear_setup, _bit_linear_backward),
+    "short_attention": (_short_attention_setup, _short_attention_backward),
 }
