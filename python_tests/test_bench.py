@@ -87,8 +87,8 @@ def test_train_step(device: str, tmp_path: Path) -> None:
         assert (row["peak_bytes"] is not None) == (device == "cuda")
     assert rows["eager twin"]["ratio_to_eager"] == 1.0
     assert 0 <= result["max_relative_loss_difference"] <= 0.02
-    assert len(result["floor_seconds"]) == 6
-    assert len(result["breakdown"]) == (6 if device == "cpu" else 0)
+    assert len(result["floor_seconds"]) == 5
+    assert len(result["breakdown"]) == (5 if device == "cpu" else 0)
     for phase in result["breakdown"]:
         assert phase["phase"] in printed
         assert phase["seconds"] > 0 and phase["eager_seconds"] > 0 and phase["floor_seconds"] >= 0

@@ -104,12 +104,11 @@ struct RowPass {
     }
   }
 
+  // The gradient but for what the target adds; l as in add.
   template <int kCount>
   __device__ __forceinline__ void gradient(const RowCoefficients& row,
-                                           int64_t j,
-                                           int64_t target,
+                                           const float* l,
                                            float (&values)[kCount]) const {
-    const bool has_target = target >= j && target < j + kCount;
     const Objective& o = args.objective;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -121,17 +120,25 @@ struct RowPass {
         grad = fmaf(e, row.e_scale, -row.uniform);
       } else {
         float coef = fmaf(o.entropy_weight, s * Math::kUnit - row.log_sum, row.coef);
-        if (kTerms == kAny && args.log_marginal != nullptr)
-          coef = fmaf(o.diversity_weight, args.log_marginal[j + i], coef);
+        if (kTerms == kAny && l != nullptr) coef = fmaf(o.diversity_weight, l[i], coef);
         grad = fmaf(e * row.p_scale, coef, -row.uniform);
       }
-      if (has_target && j + i == target) grad -= row.on_target;
-      if (kTerms == kAny && o.softcap != 0.0f) {
-        const float share = z * inverse_cap;
-        grad *= fmaf(-share, share, 1.0f);
-      }
-      values[i] = grad;
+      values[i] = grad * slope(z);
     }
+  }
+  // Of the capped logit.
+  __device__ __forceinline__ float slope(float z) const {
+    if (kTerms != kAny || args.objective.softcap == 0.0f) return 1.0f;
+    const float share = z * inverse_cap;
+    return fmaf(-share, share, 1.0f);
+  }
+  // The whole gradient at the target.
+  __device__ __forceinline__ float target_gradient(const RowCoefficients& row,
+                                                   const float* l,
+                                                   float raw) const {
+    float value[1] = {raw};
+    gradient(row, l, value);
+    return value[0] - row.on_target * slope(logit(raw));
   }
 };
 
@@ -199,19 +206,25 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int count = static_cast<int>(V / kVec);                      // whole vectors
   const int64_t tail = static_cast<int64_t>(count) * kVec + thread;  // and one element a thread behind them
-  const auto row_vectors = [&](int64_t row) {
-    return reinterpret_cast<uint4*>(static_cast<scalar_t*>(args.logits.data) + row * args.logits.stride);
+  const auto row_vectors = [&](int row) {
+    return reinterpret_cast<uint4*>(static_cast<scalar_t*>(args.logits.data) +
+                                    static_cast<int64_t>(row) * args.logits.stride);
   };
-  for (int v = thread; v < kept; v += kThreads) copy_16(kept_row + v, row_vectors(blockIdx.x) + v);
+  const auto copy_row = [&](const uint4* from) {
+#pragma unroll 4
+    for (int v = thread; v < kept; v += kThreads) copy_16(kept_row + v, from + v);
+  };
+  copy_row(row_vectors(blockIdx.x));
 
-  for (int64_t row = blockIdx.x; row < args.logits.T; row += gridDim.x) {
+  const int rows = static_cast<int>(args.logits.T), step = static_cast<int>(gridDim.x);
+  for (int row = static_cast<int>(blockIdx.x); row < rows; row += step) {
     uint4* vectors = row_vectors(row);
     scalar_t* z = reinterpret_cast<scalar_t*>(vectors);
-    const uint4* next = row + gridDim.x < args.logits.T ? row_vectors(row + gridDim.x) : nullptr;
+    const uint4* next = row < rows - step ? row_vectors(row + step) : nullptr;
     const int64_t target = args.target[row];
     // Read before the row is overwritten; NaN beyond the vocabulary.
-    float target_raw = __uint_as_float(0x7fffffffu);
-    if (thread == 0 && target >= 0 && target < V) target_raw = to_float(z[target]);
+    const bool ignored = target < 0, has_target = !ignored && target < V;
+    const float target_raw = has_target ? to_float(z[target]) : __uint_as_float(0x7fffffffu);
     const float tail_raw[1] = {tail < V ? to_float(z[tail]) : -INFINITY};
 
     // Pass 1: the largest raw logit.
@@ -265,32 +278,47 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       if (lane == 0) scratch.row = finish_row(args, all, top, pass.logit(target_raw), Math::kUnit, row);
     }
     if (args.count == nullptr) {  // statistics only
-      if (next != nullptr) {
-        for (int v = thread; v < kept; v += kThreads) copy_16(kept_row + v, next + v);
-      }
+      if (next != nullptr) copy_row(next);
       continue;
     }
     __syncthreads();
 
-    // Pass 3: the gradient. An ignored row gets zeros whatever it holds. Each thread brings the next row into
-    // the places it has just read.
+    // Pass 3: the gradient. Each thread brings the next row into the places it has just read.
     const RowCoefficients coefficients = scratch.row;
-    const bool ignored = target < 0;
     const auto differentiate = [&](const uint4& raw, int v) {
       float values[kVec];
       unpack(raw, values);
-      pass.gradient(coefficients, static_cast<int64_t>(v) * kVec, target, values);
-      vectors[v] = ignored ? make_uint4(0, 0, 0, 0) : pack(values);
+      pass.gradient(coefficients, log_marginal(static_cast<int64_t>(v) * kVec), values);
+      vectors[v] = pack(values);
     };
-    for (int v = thread; v < kept; v += kThreads) {
-      differentiate(kept_row[v], v);
-      if (next != nullptr) copy_16(kept_row + v, next + v);
-    }
-    for (int v = kept + thread; v < count; v += kThreads) differentiate(vectors[v], v);
-    if (tail < V) {
-      float value[1] = {tail_raw[0]};
-      pass.gradient(coefficients, tail, target, value);
-      z[tail] = from_float<scalar_t>(ignored ? 0.0f : value[0]);
+    if (ignored) {  // zeros, whatever the row holds
+#pragma unroll 4
+      for (int v = thread; v < count; v += kThreads) vectors[v] = make_uint4(0, 0, 0, 0);
+      if (tail < V) z[tail] = from_float<scalar_t>(0.0f);
+      if (next != nullptr) copy_row(next);
+    } else {
+      if (next != nullptr) {
+        for (int v = thread; v < kept; v += kThreads) {
+          differentiate(kept_row[v], v);
+          copy_16(kept_row + v, next + v);
+        }
+      } else {
+        for (int v = thread; v < kept; v += kThreads) differentiate(kept_row[v], v);
+      }
+      for (int v = kept + thread; v < count; v += kThreads) differentiate(vectors[v], v);
+      if (tail < V) {
+        float value[1] = {tail_raw[0]};
+        pass.gradient(coefficients, log_marginal(tail), value);
+        z[tail] = from_float<scalar_t>(value[0]);
+      }
+      // Over what the thread that has the target's place has just written there.
+      const int64_t vector = target / kVec;
+      const int owner = static_cast<int>(vector < count ? (vector < kept ? vector : vector - kept) % kThreads
+                                                        : target - static_cast<int64_t>(count) * kVec);
+      if (has_target && thread == owner) {
+        z[target] =
+            from_float<scalar_t>(pass.target_gradient(coefficients, log_marginal(target), target_raw));
+      }
     }
     for (int64_t j = V + thread; j < args.logits.stride; j += kThreads) z[j] = from_float<scalar_t>(0.0f);
   }

@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kColumnThreads) probability_sums_kernel(const 
     if (target[i] < 0) continue;
     const float row_lse = lse[i];
     float values[kVec];
-    unpack(*reinterpret_cast<const uint4*>(z + i * logits.stride),
-           values);  // the padding is there to be read
+    unpack(__ldg(reinterpret_cast<const uint4*>(z + i * logits.stride)),
+           values);  // padding is there to be read
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
       if (softcap != 0.0f) values[e] = Math::capped(values[e], softcap, 1.0f / softcap);
