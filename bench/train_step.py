@@ -35,6 +35,7 @@ from bitnet_ext.collapse.arms import arm_config
 from bitnet_ext.models import PRESETS, BitNetForCausalLM, preset
 from bitnet_ext.testing import Timing, environment, format_table, measure_ceiling, paired_ratio, write_json
 from bitnet_ext.testing.bench import device_name, slug
+from bitnet_ext.testing.script import positive
 from bitnet_ext.testing.twin import TwinModel
 from bitnet_ext.training import FusedAdam, TrainConfig, learning_rates
 from bitnet_ext.training.device import resolve_device
@@ -78,6 +79,33 @@ class Ours:
             part = rows[start : start + self.step.block_steps]
             losses += self.step.run(self.count, part)[:, 0].tolist()
             self.count += len(part)
+        return losses
+
+
+class Together:
+    """Several runs of ours on one GPU, each on a stream of its own; its steps are those of all runs.
+
+    A step of one run is a chain of small kernels that leaves most of the GPU idle; the chains of others fit beside it.
+    """
+
+    def __init__(self, runs: list[Ours], device: torch.device) -> None:
+        self.runs = runs
+        self.streams = [torch.cuda.Stream(device) for _ in runs]
+        self.step_multiple = runs[0].step_multiple * len(runs)
+
+    def run(self, rows: NDArray[np.int64]) -> list[float]:
+        """Each run makes len(rows) / runs steps, on the first of the rows."""
+        block = self.runs[0].step.block_steps
+        losses: list[float] = []
+        for start in range(0, len(rows) // len(self.runs), block):
+            part = rows[start : start + block]
+            for member, stream in zip(self.runs, self.streams, strict=True):
+                with torch.cuda.stream(stream):
+                    member.step.launch(member.count, part)
+            for member, stream in zip(self.runs, self.streams, strict=True):
+                with torch.cuda.stream(stream):
+                    losses += member.step.finish()[:, 0].tolist()
+                member.count += len(part)
         return losses
 
 
@@ -163,7 +191,7 @@ def prepare(
         torch.cuda.reset_peak_memory_stats()
         allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     variant = build()
-    result.first_losses = variant.run(batches[:COMPARED_STEPS])
+    result.first_losses = variant.run(batches[:COMPARED_STEPS])[:COMPARED_STEPS]
     count = variant.step_multiple
     variant.run(batches[:count])
     start = time.perf_counter()
@@ -330,6 +358,10 @@ def parse() -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--model", choices=list(PRESETS), help="preset (default: collapse-256)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--compile", action="store_true", help="also time the twin under torch.compile")
+    parser.add_argument(
+        "--together", type=positive, nargs="+", default=[], metavar="N",
+        help="also time so many runs at once on one GPU, each on its own stream; steps/s are then of all of them",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="result file (default: bench/results/...)")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model and few steps, to see that it runs"
@@ -369,6 +401,10 @@ def build_results(
         "eager twin": twin(),
         "eager twin, Adam(fused=True)": twin(fused=True),
     }
+    for count in args.together if cuda else []:
+        builders[f"bitnet_ext, {count} runs at once"] = lambda count=count: Together(
+            [Ours(model(), config, device) for _ in range(count)], device
+        )
     if not cuda:  # on a GPU foreach is torch.optim.Adam's own choice
         builders["eager twin, Adam(foreach=True)"] = twin(foreach=True)
     if args.compile:

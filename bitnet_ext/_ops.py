@@ -177,6 +177,10 @@ def _clip_gradients_(
     return norm, torch.empty_like(norm)
 
 
+def _sum_rows(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty((V,), dtype=torch.int32)
+
+
 def _adam_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -187,6 +191,8 @@ def _adam_step_(
     decay: list[int],
     ternary: list[int],
     abs_sums: Tensor | None,
+    slots: Tensor | None,
+    row_param: int,
     beta1: float,
     beta2: float,
     eps: float,
@@ -247,6 +253,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "rms_norm_backward": _rms_norm_backward,
     "sum_of_squares": _sum_of_squares,
     "clip_gradients_": _clip_gradients_,
+    "sum_rows": _sum_rows,
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
     "softmax_grad_": _softmax_grad_,

@@ -226,6 +226,42 @@ inline void check_abs_sums(const char* op, const std::optional<Tensor>& abs_sums
   }
 }
 
+// Gradients rows [T, H] of the embeddings of ids [T].
+inline void check_rows_of_ids(const char* op, const Tensor& ids, const Tensor& rows, int64_t V) {
+  check_dim(op, "ids", ids, 1);
+  if (rows.dim() != 2 || rows.size(0) != ids.size(0) || rows.size(1) < 1) {
+    fail(op, "rows must have shape [T, H] for ids of shape ", shape_text(ids), "; got ", shape_text(rows));
+  }
+  if (V < 1) fail(op, "V must be >= 1; got ", V);
+  if (ids.size(0) > INT32_MAX) fail(op, "ids must be fewer than 2^31; got ", ids.size(0));
+}
+
+// The one parameter of adam_step_ whose gradient comes as rows, or none (row_param -1, no slots).
+inline void check_row_param(const char* op,
+                            const std::vector<Tensor>& params,
+                            const std::vector<Tensor>& grads,
+                            const std::optional<Tensor>& slots,
+                            int64_t row_param) {
+  if (!slots.has_value()) {
+    if (row_param != -1) fail(op, "row_param must be -1 without slots; got ", row_param);
+    return;
+  }
+  if (row_param < 0 || row_param >= static_cast<int64_t>(params.size())) {
+    fail(op, "row_param must be the index of one of ", params.size(), " params; got ", row_param);
+  }
+  const Tensor& param = params[static_cast<size_t>(row_param)];
+  const Tensor& grad = grads[static_cast<size_t>(row_param)];
+  if (param.dim() != 2 || param.numel() > UINT32_MAX) {
+    fail(op,
+         "the param of row_param must have shape [V, H] and fewer than 2^32 elements; got ",
+         shape_text(param));
+  }
+  if (grad.dim() != 2 || grad.size(1) != param.size(1)) {
+    fail(op, "the grad of row_param must have shape [T, ", param.size(1), "]; got ", shape_text(grad));
+  }
+  check_vector(op, "slots", *slots, param.size(0));
+}
+
 // The lists of quantize_weight_groups_: group g is the next group_sizes[g] weights.
 inline void check_groups(const char* op,
                          const std::vector<Tensor>& weights,

@@ -68,17 +68,21 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "ScalarType delta_dtype) -> (Tensor grad_x, Tensor grad_delta, Tensor grad_gain)");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
-  // (norm, grad_scale), both float32 []. latch float64 [1 + n]: the first step whose norm was not finite, or
-  // a negative number, and the sums of squares of that step; once it holds a step, grad_scale is NaN.
+  // (norm, grad_scale), both float32 []. latch float64 [2 + n]: the first step whose norm was not finite, or
+  // a negative number, a counter of the kernel's, and the sums of squares of that step; once it holds a step,
+  // grad_scale is NaN.
   m.def(
       "clip_gradients_(Tensor[] grads, Tensor step, float max_norm, Tensor(a!) latch) -> "
       "(Tensor norm, Tensor grad_scale)");
+  // The gradient of an embedding [V, H] from the rows [T, H] of ids [T]: sums [T, H] holds the sum of all
+  // rows of an id where it first occurs, else 0; slots int32 [V] the place of an id in it, or -1.
+  m.def("sum_rows(Tensor ids, Tensor rows, int V) -> (Tensor sums, Tensor slots)");
   // decay, ternary: 0 or 1 for each of params. abs_sums: partial sums of the new magnitudes of the ternary
-  // ones, for quantize_weight_groups_.
+  // ones, for quantize_weight_groups_. slots: grads[row_param] holds rows, as from sum_rows (else -1).
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-      "Tensor hyper, Tensor grad_scale, int[] decay, int[] ternary, Tensor(d!)? abs_sums, float beta1, "
-      "float beta2, float eps, bool decoupled) -> ()");
+      "Tensor hyper, Tensor grad_scale, int[] decay, int[] ternary, Tensor(d!)? abs_sums, Tensor? slots, "
+      "int row_param, float beta1, float beta2, float eps, bool decoupled) -> ()");
   // --- loss ---
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "

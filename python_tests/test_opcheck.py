@@ -33,7 +33,7 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     shared = [make(16, K), weight]
     sums, latch = (
         torch.empty(1, dtype=torch.float64, device=device),
-        -torch.ones(3, dtype=torch.float64, device=device),
+        torch.tensor([-1.0, 0, 0, 0], dtype=torch.float64, device=device),
     )
     return {
         "quantize_act_int8": (x,),
@@ -78,11 +78,14 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             [0, 1],
             [1, 0],
             sums,
+            None,
+            -1,
             0.9,
             0.95,
             1e-8,
             False,
         ),
+        "sum_rows": (torch.tensor([3, 0, 3], device=device), make(3, 7), 5),
         "clip_gradients_": (pair, torch.zeros(1, dtype=torch.int64, device=device), 1.0, latch),
         "softmax_stats": (logits, target),
         "softmax_grad_": (

@@ -202,7 +202,8 @@ def test_clip_gradients(device: str, count: int, max_norm: float | None) -> None
     if device == "cuda":
         grads.append(torch.randn(5_000_001, device=device))  # more than 4,096 elements a partial sum
     step = torch.tensor([7], device=device)
-    latch = torch.full((1 + len(grads),), -1.0, dtype=torch.float64, device=device)
+    latch = torch.zeros(2 + len(grads), dtype=torch.float64, device=device)
+    latch[0] = -1
     norm, scale = ops.clip_gradients_(grads, step, max_norm, latch)
     want_norm, want_scale, _ = ops.clip_gradients_ref(grads, step, max_norm, latch)
     torch.testing.assert_close(norm, want_norm, rtol=1e-7, atol=0)
@@ -217,7 +218,7 @@ def test_clip_gradients(device: str, count: int, max_norm: float | None) -> None
 def test_the_latch_keeps_the_first_bad_step(device: str, bad: float) -> None:
     grads = _tensors([(3,), (70, 100), (1,)], device, 0)
     step = torch.zeros(1, dtype=torch.int64, device=device)
-    latch = torch.full((4,), -1.0, dtype=torch.float64, device=device)
+    latch = torch.tensor([-1.0, 0, 0, 0, 0], dtype=torch.float64, device=device)
 
     def clip() -> float:
         scale = float(ops.clip_gradients_(grads, step, 1.0, latch)[1])
@@ -229,7 +230,7 @@ def test_the_latch_keeps_the_first_bad_step(device: str, bad: float) -> None:
     grads[1][69, 99] = bad
     assert math.isnan(clip())  # step 1
     first = latch.clone()
-    assert latch[0] == 1 and torch.isfinite(latch).tolist() == [True, True, False, True]
+    assert latch[0] == 1 and torch.isfinite(latch).tolist() == [True, True, True, False, True]
     grads[1][69, 99] = good
     grads[0][0] = bad
     assert math.isnan(clip())  # a later one does not replace it
@@ -244,11 +245,11 @@ def test_bad_arguments_of_the_new_operators() -> None:
     p, hyper, one = torch.ones(3, 4), torch.ones(4), torch.ones(())
     step = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="latch must have shape"):
-        ops.clip_gradients_([p], step, 1.0, torch.zeros(3, dtype=torch.float64))
+        ops.clip_gradients_([p], step, 1.0, torch.zeros(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="max_norm must be > 0 or None, got 0"):
-        ops.clip_gradients_([p], step, 0, torch.zeros(2, dtype=torch.float64))
+        ops.clip_gradients_([p], step, 0, torch.zeros(3, dtype=torch.float64))
     with pytest.raises(TypeError, match="step must be of dtype int64"):
-        ops.clip_gradients_([p], step.int(), 1.0, torch.zeros(2, dtype=torch.float64))
+        ops.clip_gradients_([p], step.int(), 1.0, torch.zeros(3, dtype=torch.float64))
     lists = [[p.clone()] for _ in range(4)]
     with pytest.raises(RuntimeError, match="decay must have one entry for each of params, 1; got 2"):
         ops.adam_step_(*lists, hyper, one, decoupled=True, decay=[True, False])
@@ -257,3 +258,57 @@ def test_bad_arguments_of_the_new_operators() -> None:
     with pytest.raises(RuntimeError, match=r"abs_sums must have shape \[1\]; got \[2\]"):
         sums = torch.zeros(2, dtype=torch.float64)
         ops.adam_step_(*lists, hyper, one, decoupled=True, ternary=[True], abs_sums=sums)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("T", "H", "V"), [(1, 1, 1), (5, 7, 3), (128, 256, 50257), (300, 515, 40), (0, 4, 9)]
+)
+def test_sum_rows(device: str, T: int, H: int, V: int) -> None:
+    generator = torch.Generator().manual_seed(T)
+    ids = torch.randint(0, V, (T,), generator=generator).to(device)
+    rows = torch.randn(T, H, generator=generator).to(device)
+    sums, slots = ops.sum_rows(ids, rows, V)
+    if T:
+        expected = ops.sum_rows_ref(ids, rows.double(), V)
+        torch.testing.assert_close(sums.double(), expected[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(slots, expected[1])
+    assert all(map(torch.equal, (sums, slots), ops.sum_rows(ids, rows, V)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("T", "H", "V"), [(1, 1, 1), (5, 7, 33), (128, 256, 5003), (300, 514, 40)])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_gradient_by_rows_equals_a_dense_one(device: str, T: int, H: int, V: int, decoupled: bool) -> None:
+    generator = torch.Generator().manual_seed(T)
+    ids = torch.randint(0, V, (T,), generator=generator).to(device)
+    rows = torch.randn(T, H, generator=generator).to(device)
+    sums, slots = ops.sum_rows(ids, rows, V)
+    dense = torch.where((slots < 0)[:, None], 0.0, sums[slots.long()])
+    other, scale = torch.randn(3, 5, device=device), torch.tensor(0.7, device=device)
+    results = []
+    for grad in (dense, sums):
+        p, m, v = (_tensors([(3, 5), (V, H)], device, seed) for seed in range(3))
+        v = [t.abs() for t in v]
+        by_rows = {"slots": slots, "row_param": 1} if grad is sums else {}
+        ops.adam_step_(p, [other, grad], m, v, _hyper(device), scale, decoupled=decoupled, **by_rows)
+        results.append(p + m + v)
+    assert all(map(torch.equal, *results))
+
+
+def test_bad_arguments_of_rows() -> None:
+    ids, rows = torch.tensor([1, 5]), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match=r"ids must be in 0\.\.4; got 5"):
+        ops.sum_rows(ids, rows, 5)
+    with pytest.raises(ValueError, match="rows must have shape"):
+        ops.sum_rows(ids, torch.ones(3, 3), 9)
+    sums, slots = ops.sum_rows(ids, rows, 9)
+    hyper, one = torch.ones(4), torch.ones(())
+    for bad, match in (
+        ({"slots": slots}, "row_param must be the index of one of 1 params; got -1"),
+        ({"slots": slots[:5].clone(), "row_param": 0}, r"slots must have shape \[9\]; got \[5\]"),
+    ):
+        moments = [torch.zeros(9, 3)], [torch.zeros(9, 3)]
+        with pytest.raises((RuntimeError, ValueError), match=match):
+            grads = [sums if "row_param" in bad else torch.zeros(9, 3)]
+            ops.adam_step_([torch.ones(9, 3)], grads, *moments, hyper, one, decoupled=True, **bad)

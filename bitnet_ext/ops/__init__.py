@@ -27,6 +27,8 @@ from bitnet_ext.ops.optimizer import (
     clip_gradients_ref,
     sum_of_squares,
     sum_of_squares_ref,
+    sum_rows,
+    sum_rows_ref,
 )
 from bitnet_ext.ops.packing import (
     dequantize_prepacked,
@@ -122,6 +124,8 @@ __all__ = [
     "softmax_stats_ref",
     "sum_of_squares",
     "sum_of_squares_ref",
+    "sum_rows",
+    "sum_rows_ref",
     "unpack_ternary",
     "unpack_ternary_ref",
     "unprepack_ternary",

@@ -39,8 +39,8 @@ def clip_gradients_(
         grads: n float32 tensors on one device.
         step: int64 of one element, the number of this step, >= 0.
         max_norm: None for no clipping.
-        latch: float64 [1 + n] on the same device, changed in place; the caller sets latch[0] to -1 before the
-            first step.
+        latch: float64 [2 + n] on the same device, changed in place: the step, a counter of the kernel's,
+            the sums. Before the first step the caller makes it 0 and latch[0] -1.
 
     Returns:
         norm and grad_scale, float32 [].
@@ -49,7 +49,7 @@ def clip_gradients_(
     _check_list(op, "grads", grads)
     _checks.tensor(op, "step", step, dtypes=(torch.int64,))
     _checks.tensor(op, "latch", latch, dtypes=(torch.float64,))
-    _checks.shape(op, "latch", latch, (1 + len(grads),), "a step and one sum for each of grads")
+    _checks.shape(op, "latch", latch, (2 + len(grads),), "a step, a counter, one sum for each of grads")
     _checks.same_device(op, "step", step, "grads", grads[0])
     _checks.same_device(op, "latch", latch, "grads", grads[0])
     if max_norm is not None and not max_norm > 0:
@@ -69,9 +69,44 @@ def clip_gradients_ref(
     norm = sums.sum().sqrt().float()
     bad = latch[0] >= 0
     if not bad and not torch.isfinite(norm):
-        latch, bad = torch.cat([step.reshape(1).double(), sums]), torch.ones_like(bad)
+        latch, bad = torch.cat([step.reshape(1).double(), latch[1:2], sums]), torch.ones_like(bad)
     grad_scale = ((math.inf if max_norm is None else max_norm) / (norm + 1e-6)).clamp(max=1.0)
     return norm, torch.where(bad, math.nan, grad_scale), latch
+
+
+def sum_rows(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """The gradient of an embedding [V, H] without its zeros, from the rows of a step's tokens.
+
+    Args:
+        ids: int64 [T], 0 <= id < V. On CUDA every token is compared with every other, so T should be at most a
+            few thousand.
+        rows: float32 [T, H], the gradient of each token's vector.
+
+    Returns:
+        sums float32 [T, H], at the first token of an id the sum of the rows of all its tokens, else 0; and slots
+        int32 [V], the place of an id in sums, or -1.
+
+    Raises:
+        RuntimeError: on the CPU, when an id is out of range. On CUDA such a token is left out.
+    """
+    op = "sum_rows"
+    _checks.tensor(op, "ids", ids, dtypes=(torch.int64,), dim=1)
+    _checks.tensor(op, "rows", rows, dtypes=(torch.float32,), dim=2)
+    _checks.same_device(op, "rows", rows, "ids", ids)
+    _checks.shape(op, "rows", rows, (ids.shape[0], rows.shape[1]), "a row for each of ids")
+    _checks.at_least_one(op, "V", V, "ids")
+    return _ops.sum_rows(ids.contiguous(), rows.contiguous(), V)
+
+
+def sum_rows_ref(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """:func:`sum_rows` in plain PyTorch."""
+    same = ids[:, None] == ids[None, :]
+    first = same.int().argmax(1)  # of each token's id
+    places = torch.arange(ids.shape[0], device=ids.device)
+    sums = torch.where((first == places)[:, None], same.to(rows.dtype) @ rows, 0.0)
+    slots = torch.full((V,), -1, dtype=torch.int32, device=ids.device)
+    slots[ids] = first.int()
+    return sums, slots
 
 
 def adam_step_(
@@ -89,6 +124,8 @@ def adam_step_(
     decay: bool | Sequence[bool] = True,
     ternary: Sequence[bool] | None = None,
     abs_sums: Tensor | None = None,
+    slots: Tensor | None = None,
+    row_param: int = -1,
 ) -> None:
     """One Adam update of `params` in place, in one pass over memory; on CUDA one launch for up to 72 tensors.
 
@@ -107,6 +144,8 @@ def adam_step_(
         ternary: for each of params, whether it will be quantised.
         abs_sums: float64 as from :func:`abs_sums_like` of the ternary params: takes the sums of their new
             magnitudes, in this order, for :func:`quantize_weight_groups_`.
+        slots, row_param: the gradient of params[row_param], an embedding [V, H], is given by :func:`sum_rows`:
+            grads[row_param] is its sums [T, H], slots its int32 [V]. Rows without a slot have gradient 0.
     """
     op = "adam_step_"
     for name, tensors in (
@@ -121,7 +160,8 @@ def adam_step_(
                 f"{op}: {name} must have as many tensors as params ({len(params)}), got {len(tensors)}"
             )
         for index, (t, p) in enumerate(zip(tensors, params, strict=True)):
-            if t.shape != p.shape or t.device != p.device:
+            by_rows = name == "grads" and index == row_param
+            if (t.shape != p.shape and not by_rows) or t.device != p.device:
                 raise ValueError(
                     f"{op}: {name}[{index}] must have the shape {tuple(p.shape)} and device {p.device} of "
                     f"params[{index}], got {tuple(t.shape)} on {t.device}"
@@ -147,6 +187,8 @@ def adam_step_(
         [int(d) for d in decays],
         [0] * len(params) if ternary is None else [int(t) for t in ternary],
         abs_sums,
+        slots,
+        row_param,
         beta1,
         beta2,
         eps,

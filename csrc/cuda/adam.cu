@@ -8,12 +8,16 @@
 // tensor, 16 a thread in four 16-byte accesses of each array; of a ternary weight it handles the elements of
 // one partial sum of quantize_weight.cu and adds them in the same order, so the scale is the same bits as if
 // the weight were read again. lr, the decay and the bias corrections are read from the device, so that a
-// captured graph can be replayed with other values; a NaN as grad_scale (grad_norm.cu) means: no step.
+// captured graph can be replayed with other values; a NaN as grad_scale (grad_norm.cu) means: no step. The
+// gradient of one tensor may be given as rows (row_gradient.cu): other rows have gradient 0, which is not
+// read.
 #include "cuda/adam.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/tensor_table.cuh"
 #include "cuda/common/ternary_weight.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 
 namespace bitnet_ext::cuda {
 namespace {
@@ -21,6 +25,33 @@ namespace {
 constexpr int kThreads = kWeightThreads;
 constexpr int kVec = 4;  // as abs_partial reads float32
 static_assert(sizeof(AdamTable) + sizeof(AdamSettings) <= 4096, "kernel parameters hold 4 KB");
+
+// The gradient of kVec elements from i on, of a tensor whose gradient is that of some rows. `aligned` says
+// that a row is a whole number of vectors.
+__device__ __forceinline__ void load_row_gradient(const float* grad,
+                                                  const AdamSettings& settings,
+                                                  int64_t i,
+                                                  int64_t valid,
+                                                  bool aligned,
+                                                  float (&g)[kVec]) {
+  const uint32_t width = settings.row_width;
+  const auto at = [&](int64_t place) -> const float* {
+    const uint32_t element = static_cast<uint32_t>(place);  // a 64-bit division would take 70 instructions
+    const uint32_t row = element / width;
+    const int32_t slot = settings.slots[row];
+    return slot < 0 ? nullptr : grad + static_cast<int64_t>(slot) * width + (element - row * width);
+  };
+  if (aligned) {
+    const float* source = at(i);
+    load_floats(source, source == nullptr ? 0 : valid, source != nullptr, g);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      const float* source = j < valid ? at(i + j) : nullptr;
+      g[j] = source == nullptr ? 0.0f : *source;
+    }
+  }
+}
 
 __global__ void __launch_bounds__(kThreads)
     adam_step_kernel(const __grid_constant__ AdamTable table, const __grid_constant__ AdamSettings settings) {
@@ -32,7 +63,10 @@ __global__ void __launch_bounds__(kThreads)
   const bool aligned = table.flags[t] & AdamTable::kAligned;
   const bool decay = table.flags[t] & AdamTable::kDecay;
   const bool ternary = table.flags[t] & AdamTable::kTernary;
+  const bool rows = table.flags[t] & AdamTable::kRows;
 
+  wait_for_previous_kernel();
+  allow_next_kernel();
   const float grad_scale = *settings.grad_scale;
   if (isnan(grad_scale)) {
     if (ternary) {
@@ -49,12 +83,16 @@ __global__ void __launch_bounds__(kThreads)
   const float keep = decay && settings.decoupled ? fmaf(-lr, weight_decay, 1.0f) : 1.0f;
 
   double sums[kVec] = {};
-#pragma unroll 2
+#pragma unroll 1  // 2 and 4 are no faster (H200), with more registers
   for (int64_t i = begin + static_cast<int>(threadIdx.x) * kVec; i < end; i += kThreads * kVec) {
     const int64_t valid = end - i;
     float p[kVec], g[kVec], m[kVec], v[kVec];
     load_floats(table.param[t] + i, valid, aligned, p);
-    load_floats(table.grad[t] + i, valid, aligned, g);
+    if (rows) {
+      load_row_gradient(table.grad[t], settings, i, valid, aligned, g);
+    } else {
+      load_floats(table.grad[t] + i, valid, aligned, g);
+    }
     load_floats(table.exp_avg[t] + i, valid, aligned, m);
     load_floats(table.exp_avg_sq[t] + i, valid, aligned, v);
 #pragma unroll
@@ -82,10 +120,13 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_adam_step(const AdamTable& table, const AdamSettings& settings, cudaStream_t stream) {
+cudaError_t launch_adam_step(const AdamTable& table,
+                             const AdamSettings& settings,
+                             bool dependent,
+                             cudaStream_t stream) {
   if (table.count == 0) return cudaSuccess;
-  adam_step_kernel<<<table.block_end[table.count - 1], kThreads, 0, stream>>>(table, settings);
-  return cudaGetLastError();
+  return launch_kernel(
+      adam_step_kernel, table.block_end[table.count - 1], kThreads, 0, stream, dependent, table, settings);
 }
 
 }  // namespace bitnet_ext::cuda

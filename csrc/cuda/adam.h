@@ -16,6 +16,7 @@ struct AdamTable {
     kAligned = 1,  // all four pointers are multiples of 16
     kDecay = 2,    // weight decay applies
     kTernary = 4,  // the sums of |param| are wanted
+    kRows = 8,     // the gradient is that of some rows: AdamSettings::slots
   };
   float* param[kMaxTensors];
   const float* grad[kMaxTensors];
@@ -40,6 +41,8 @@ constexpr int64_t adam_blocks(int64_t numel, bool ternary) {
 struct AdamSettings {
   const float* hyper;       // [4]: lr, weight_decay, 1 - beta1^t, 1 - beta2^t, read on the device
   const float* grad_scale;  // []; NaN leaves all tensors as they are
+  const int32_t* slots;     // of the tensor with kRows: the row of grad for each row of param, or -1 for none
+  uint32_t row_width;       // its columns
   double* abs_sums;         // partial sums of the new |param| of ternary tensors, or null
   float beta1, beta2;
   float one_minus_beta1, one_minus_beta2;  // rounded once, from fp64
@@ -47,6 +50,9 @@ struct AdamSettings {
   bool decoupled;
 };
 
-cudaError_t launch_adam_step(const AdamTable& table, const AdamSettings& settings, cudaStream_t stream);
+cudaError_t launch_adam_step(const AdamTable& table,
+                             const AdamSettings& settings,
+                             bool dependent,
+                             cudaStream_t stream);
 
 }  // namespace bitnet_ext::cuda

@@ -9,10 +9,12 @@
 // A norm that is not finite goes into a latch, with the step and the sums of the tensors, and from then on
 // grad_scale is NaN, which makes the optimiser change nothing (adam.cu): the parameters stay those of the
 // last good step however many steps are in flight before the host looks.
+#include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/tensor_table.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/grad_norm.h"
+#include "cuda/ptx/dependent_launch.cuh"
 
 namespace bitnet_ext::cuda {
 namespace {
@@ -41,6 +43,8 @@ __device__ __forceinline__ double square_sum(const void* data, int64_t begin, in
 __global__ void __launch_bounds__(kThreads)
     square_sums_kernel(const __grid_constant__ SquareSumTable table, double* __restrict__ partials) {
   __shared__ double scratch[kThreads / 32];
+  wait_for_previous_kernel();
+  allow_next_kernel();
   const int t = find_entry(table.block_end, table.count, blockIdx.x);
   const uint32_t first_block = t == 0 ? 0 : table.block_end[t - 1];
   const int64_t run = square_run(table.numel[t]);
@@ -63,42 +67,53 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kAddThreads = 1024;
 
-// sum of values[0 .. count), the same in every thread.
+// sum of values[0 .. count), the same in every thread; read from L2, where other blocks have just put them.
+template <int kBlockThreads>
 __device__ __forceinline__ double sum_in_block(const double* values, int64_t count, double* scratch) {
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kAddThreads) sum += values[i];
-  return block_sum<kAddThreads>(sum, scratch);
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < count; i += kBlockThreads) sum += __ldcg(values + i);
+  return block_sum<kBlockThreads>(sum, scratch);
 }
 
 __global__ void __launch_bounds__(kAddThreads)
     add_partials_kernel(const double* __restrict__ partials, int64_t count, double* __restrict__ out) {
   __shared__ double scratch[kAddThreads / 32];
-  const double sum = sum_in_block(partials, count, scratch);
+  const double sum = sum_in_block<kAddThreads>(partials, count, scratch);
   if (threadIdx.x == 0) *out = sum;
 }
 
-// One block: a warp a tensor, then all tensors.
-__global__ void __launch_bounds__(kAddThreads)
-    clip_kernel(const __grid_constant__ ClipTable table, const __grid_constant__ ClipArgs args) {
-  __shared__ double scratch[kAddThreads / 32];
-  const int lane = threadIdx.x % 32;
-  for (int t = threadIdx.x / 32; t < table.count; t += kAddThreads / 32) {
-    const uint32_t begin = t == 0 ? 0 : table.partials_end[t - 1];
-    double sum = 0.0;
-#pragma unroll 8
-    for (uint32_t i = begin + lane; i < table.partials_end[t]; i += 32) sum += args.partials[i];
-    sum = warp_sum(sum);
-    if (lane == 0) args.square_sums[args.first_tensor + t] = sum;
-  }
-  if (args.first_tensor + table.count < args.tensors) return;
+constexpr int kClipThreads = 128;
 
-  __syncthreads();  // makes the block's own sums visible to all of it
-  const float norm = static_cast<float>(sqrt(sum_in_block(args.square_sums, args.tensors, scratch)));
+// A block a tensor; the block that ends last adds up the tensors, always in the same order.
+__global__ void __launch_bounds__(kClipThreads)
+    clip_kernel(const __grid_constant__ ClipTable table, const __grid_constant__ ClipArgs args) {
+  __shared__ double scratch[kClipThreads / 32];
+  __shared__ bool is_last;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const uint32_t begin = blockIdx.x == 0 ? 0 : table.partials_end[blockIdx.x - 1];
+  const double own = sum_in_block<kClipThreads>(
+      args.partials + begin, static_cast<int64_t>(table.partials_end[blockIdx.x]) - begin, scratch);
+  if (threadIdx.x == 0) {
+    args.square_sums[args.first_tensor + blockIdx.x] = own;
+    __threadfence();  // the sum before the ticket
+    unsigned* ticket = reinterpret_cast<unsigned*>(args.latch + 1);
+    is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // back to 0 by the last
+  }
+  __syncthreads();
+  if (!is_last || args.first_tensor + table.count < args.tensors) return;
+
+  __threadfence();  // the ticket before the sums
+  const double total = sum_in_block<kClipThreads>(args.square_sums, args.tensors, scratch);
+  const float norm = static_cast<float>(sqrt(total));
   const bool finite = isfinite(norm);
   const bool latched = args.latch[0] >= 0.0;
   __syncthreads();  // all have read the latch
   if (!finite && !latched) {
-    for (int64_t i = threadIdx.x; i < args.tensors; i += kAddThreads) args.latch[1 + i] = args.square_sums[i];
+    for (int64_t i = threadIdx.x; i < args.tensors; i += kClipThreads) {
+      args.latch[2 + i] = __ldcg(args.square_sums + i);
+    }
   }
   if (threadIdx.x == 0) {
     if (!finite && !latched) args.latch[0] = static_cast<double>(*args.step);
@@ -110,10 +125,13 @@ __global__ void __launch_bounds__(kAddThreads)
 
 }  // namespace
 
-cudaError_t launch_square_sums(const SquareSumTable& table, double* partials, cudaStream_t stream) {
+cudaError_t launch_square_sums(const SquareSumTable& table,
+                               double* partials,
+                               bool dependent,
+                               cudaStream_t stream) {
   if (table.count == 0) return cudaSuccess;
-  square_sums_kernel<<<table.block_end[table.count - 1], kThreads, 0, stream>>>(table, partials);
-  return cudaGetLastError();
+  return launch_kernel(
+      square_sums_kernel, table.block_end[table.count - 1], kThreads, 0, stream, dependent, table, partials);
 }
 
 cudaError_t launch_add_partials(const double* partials, int64_t count, double* out, cudaStream_t stream) {
@@ -121,9 +139,9 @@ cudaError_t launch_add_partials(const double* partials, int64_t count, double* o
   return cudaGetLastError();
 }
 
-cudaError_t launch_clip(const ClipTable& table, const ClipArgs& args, cudaStream_t stream) {
-  clip_kernel<<<1, kAddThreads, 0, stream>>>(table, args);
-  return cudaGetLastError();
+cudaError_t launch_clip(const ClipTable& table, const ClipArgs& args, bool dependent, cudaStream_t stream) {
+  return launch_kernel(
+      clip_kernel, static_cast<unsigned>(table.count), kClipThreads, 0, stream, dependent, table, args);
 }
 
 }  // namespace bitnet_ext::cuda

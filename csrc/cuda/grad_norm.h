@@ -9,7 +9,7 @@
 
 namespace bitnet_ext::cuda {
 
-// A tensor has at most this many partial sums, so that one warp adds them up in a microsecond or two.
+// A tensor has at most this many partial sums, so that one block adds them up in a microsecond or two.
 constexpr int64_t kMaxSquarePartials = 1024;
 
 // Elements of each partial sum but the last of a tensor, a multiple of a vector.
@@ -34,7 +34,10 @@ struct SquareSumTable {
 };
 
 // partials[i] = sum of the squares of block i of the table's tensors.
-cudaError_t launch_square_sums(const SquareSumTable& table, double* partials, cudaStream_t stream);
+cudaError_t launch_square_sums(const SquareSumTable& table,
+                               double* partials,
+                               bool dependent,
+                               cudaStream_t stream);
 
 // out = partials[0] + partials[1] + ... in a fixed order; 0 when there is none.
 cudaError_t launch_add_partials(const double* partials, int64_t count, double* out, cudaStream_t stream);
@@ -45,6 +48,8 @@ struct ClipTable {
   int count;
 };
 
+// The latch is what clip_gradients_ keeps from step to step, float64 [2 + tensors]: the step whose norm was
+// the first not to be finite (negative: none), a counter that is 0 between launches, the sums of that step.
 struct ClipArgs {
   const double* partials;  // of the table's first tensor
   double* square_sums;     // [tensors], workspace
@@ -52,11 +57,11 @@ struct ClipArgs {
   int64_t tensors;         // of all tables; the last one finishes the clipping
   const int64_t* step;     // []
   float max_norm;          // Inf for no clipping
-  double* latch;      // [1 + tensors]: the first step whose norm is not finite (negative: none), its sums
+  double* latch;
   float* norm;        // []
   float* grad_scale;  // []: min(1, max_norm / (norm + 1e-6)), or NaN once the latch holds a step
 };
 
-cudaError_t launch_clip(const ClipTable& table, const ClipArgs& args, cudaStream_t stream);
+cudaError_t launch_clip(const ClipTable& table, const ClipArgs& args, bool dependent, cudaStream_t stream);
 
 }  // namespace bitnet_ext::cuda

@@ -22,16 +22,18 @@ struct WeightTable {
   int count;
 };
 
+// How many blocks of 16 x 128 a warp makes when all weights together have so many.
+int quantize_rounds(int64_t layout_blocks, int num_sms);
+
 // Thread blocks that quantise a weight [N, K].
-uint32_t quantize_blocks(int64_t N, int64_t K);
+uint32_t quantize_blocks(int64_t N, int64_t K, int rounds);
 
 // partials[i] = the partial sums of |w| of quantize_weight.h, of all weights of the table in a row.
-cudaError_t launch_abs_sums(const WeightTable& table, DType dtype, double* partials, cudaStream_t stream);
+cudaError_t launch_abs_sums(
+    const WeightTable& table, DType dtype, double* partials, bool dependent, cudaStream_t stream);
 
 // Codes and scales from these sums.
-cudaError_t launch_quantize_weights(const WeightTable& table,
-                                    DType dtype,
-                                    const double* partials,
-                                    cudaStream_t stream);
+cudaError_t launch_quantize_weights(
+    const WeightTable& table, DType dtype, const double* partials, bool dependent, cudaStream_t stream);
 
 }  // namespace bitnet_ext::cuda

@@ -1,6 +1,7 @@
 // Operators of the optimiser: the gradient norm, clipping and Adam, all tensors in one call.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "cuda/adam.h"
 #include "cuda/grad_norm.h"
 #include "cuda/launch_context.h"
+#include "cuda/row_gradient.h"
 
 namespace bitnet_ext::cuda {
 namespace {
@@ -35,7 +37,7 @@ SquareSums square_sums(const LaunchContext& context, const char* arg, const std:
   SquareSumTable table = {};
   uint32_t end = 0;
   const auto flush = [&] {
-    context.check(launch_square_sums(table, next, context.stream()));
+    context.check(launch_square_sums(table, next, context.dependent_launch(), context.stream()));
     next += end;
     table.count = 0;
     end = 0;
@@ -73,7 +75,7 @@ std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
   check_numel(op, "step", step, 1);
   context.check_input("latch", latch, ScalarType::Double);
   const int64_t count = static_cast<int64_t>(grads.size());
-  check_vector(op, "latch", latch, 1 + count);
+  check_vector(op, "latch", latch, 2 + count);
   const SquareSums sums = square_sums(context, "grads", grads);
   Tensor of_tensors = context.new_tensor({count}, ScalarType::Double);
   Tensor norm = context.new_tensor({}, ScalarType::Float);
@@ -94,25 +96,47 @@ std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
       end += static_cast<uint32_t>(sums.counts[static_cast<size_t>(args.first_tensor + table.count)]);
       table.partials_end[table.count++] = end;
     }
-    context.check(launch_clip(table, args, context.stream()));
+    context.check(launch_clip(table, args, context.dependent_launch(), context.stream()));
     args.first_tensor += table.count;
     args.partials += end;
   }
   return {norm, grad_scale};
 }
 
-// The pointers of a list that has to match params.
+std::tuple<Tensor, Tensor> sum_rows(const Tensor& ids, const Tensor& rows, int64_t V) {
+  const LaunchContext context("sum_rows", ids);
+  context.check_input("ids", ids, ScalarType::Long);
+  context.check_input("rows", rows, ScalarType::Float);
+  check_rows_of_ids(context.op(), ids, rows, V);
+  RowGradientArgs args = {};
+  args.ids = const_data<int64_t>(ids);
+  args.rows = const_data<float>(rows);
+  args.T = rows.size(0);
+  args.H = rows.size(1);
+  args.V = V;
+  Tensor sums = context.new_tensor({args.T, args.H}, ScalarType::Float);
+  Tensor slots = context.new_tensor({V}, ScalarType::Int);
+  args.sums = data<float>(sums);
+  args.slots = data<int32_t>(slots);
+  args.aligned = args.H % 4 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
+  context.check(launch_sum_rows(args, context.stream()));
+  return {sums, slots};
+}
+
+// The pointers of a list that has to match params. `row_param`: whose entry may have fewer rows, or -1.
 std::vector<float*> matching_data(const LaunchContext& context,
                                   const char* arg,
                                   const std::vector<Tensor>& list,
-                                  const std::vector<Tensor>& params) {
+                                  const std::vector<Tensor>& params,
+                                  int64_t row_param = -1) {
   check_length(context.op(), arg, list.size(), params.size());
   std::vector<float*> pointers;
   pointers.reserve(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     const std::string name = item(arg, i);
     context.check_input(name.c_str(), list[i], ScalarType::Float);
-    check_same_shape(context.op(), name.c_str(), list[i], item("params", i).c_str(), params[i]);
+    if (static_cast<int64_t>(i) != row_param)
+      check_same_shape(context.op(), name.c_str(), list[i], item("params", i).c_str(), params[i]);
     pointers.push_back(data<float>(list[i]));
   }
   return pointers;
@@ -127,13 +151,15 @@ void adam_step_(const std::vector<Tensor>& params,
                 const std::vector<int64_t>& decay,
                 const std::vector<int64_t>& ternary,
                 const std::optional<Tensor>& abs_sums,
+                const std::optional<Tensor>& slots,
+                int64_t row_param,
                 double beta1,
                 double beta2,
                 double eps,
                 bool decoupled) {
   const LaunchContext context("adam_step_", hyper);
   const std::vector<float*> p = matching_data(context, "params", params, params);
-  const std::vector<float*> g = matching_data(context, "grads", grads, params);
+  const std::vector<float*> g = matching_data(context, "grads", grads, params, row_param);
   const std::vector<float*> m = matching_data(context, "exp_avg", exp_avg, params);
   const std::vector<float*> v = matching_data(context, "exp_avg_sq", exp_avg_sq, params);
   context.check_input("hyper", hyper, ScalarType::Float);
@@ -153,6 +179,12 @@ void adam_step_(const std::vector<Tensor>& params,
     settings.abs_sums = data<double>(*abs_sums);
   }
   check_abs_sums(context.op(), abs_sums, num_sums);
+  check_row_param(context.op(), params, grads, slots, row_param);
+  if (slots.has_value()) {
+    context.check_input("slots", *slots, ScalarType::Int);
+    settings.slots = const_data<int32_t>(*slots);
+    settings.row_width = static_cast<uint32_t>(params[static_cast<size_t>(row_param)].size(1));
+  }
   settings.hyper = const_data<float>(hyper);
   settings.grad_scale = const_data<float>(grad_scale);
   settings.beta1 = static_cast<float>(beta1);
@@ -164,7 +196,7 @@ void adam_step_(const std::vector<Tensor>& params,
   AdamTable table = {};
   uint32_t end = 0, sums = 0;
   const auto flush = [&] {
-    context.check(launch_adam_step(table, settings, context.stream()));
+    context.check(launch_adam_step(table, settings, context.dependent_launch(), context.stream()));
     table.count = 0;
     end = 0;
   };
@@ -200,6 +232,7 @@ void adam_step_(const std::vector<Tensor>& params,
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CUDA, m) {
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));
   m.impl("clip_gradients_", TORCH_BOX(&clip_gradients_));
+  m.impl("sum_rows", TORCH_BOX(&sum_rows));
   m.impl("adam_step_", TORCH_BOX(&adam_step_));
 }
 

@@ -78,22 +78,28 @@ void quantize(const LaunchContext& context,
               const double* sums,
               double* workspace) {
   const DType dtype = dtype_of(weights[0].scalar_type());
+  const bool dependent = context.dependent_launch();
+  int64_t layout_blocks = 0;
+  for (const Tensor& weight : weights) {
+    layout_blocks += block_rows(weight.size(0)) * block_cols(weight.size(1));
+  }
+  const int rounds = quantize_rounds(layout_blocks, context.num_sms());
   WeightTable table = {};
   const double* partials = sums != nullptr ? sums : workspace;
   const auto flush = [&] {
     if (table.count == 0) return;
     const uint32_t used = table.partials_end[table.count - 1];
     if (sums == nullptr) {
-      context.check(launch_abs_sums(table, dtype, workspace, context.stream()));
+      context.check(launch_abs_sums(table, dtype, workspace, dependent, context.stream()));
       workspace += used;
     }
-    context.check(launch_quantize_weights(table, dtype, partials, context.stream()));
+    context.check(launch_quantize_weights(table, dtype, partials, dependent, context.stream()));
     partials += used;
     table.count = 0;
   };
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t N = weights[i].size(0), K = weights[i].size(1);
-    const uint32_t blocks = quantize_blocks(N, K);
+    const uint32_t blocks = quantize_blocks(N, K, rounds);
     const uint32_t blocks_before = table.count > 0 ? table.block_end[table.count - 1] : 0;
     if (table.count == WeightTable::kMaxWeights || blocks > INT32_MAX - blocks_before) flush();
     const int t = table.count++;
