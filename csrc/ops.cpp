@@ -50,9 +50,10 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact",
   // "int8") names the gradients, which are those of _autograd.py.
   m.def(
-      "bit_linear(Tensor x, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "bit_linear(Tensor x, Tensor? delta, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? "
+      "bias, "
       "Tensor? norm_weight, float norm_eps, bool normalize, ScalarType out_dtype, str backward) -> "
-      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
+      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor sum)");
   // act(gate) * up of gate_up [.., 2 K], an RMS norm of it, int8 activations and the product.
   m.def(
       "glu_bit_linear(Tensor gate_up, Tensor weight, Tensor packed, Tensor weight_scale, Tensor? bias, "

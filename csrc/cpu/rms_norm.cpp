@@ -24,8 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x,
   const auto [M, K, leading] = check_rows(op, "x", x);
   if (delta) {
     check_input(op, "delta", *delta);
-    check_same_shape(op, "delta", *delta, "x", x);
   }
+  check_delta(op, x, delta, true);
   const float* gains = optional_vector(op, "gain", gain, K);
   const ScalarType dtype = x.scalar_type();
   Tensor y = new_tensor(shape_of(x), dtype);

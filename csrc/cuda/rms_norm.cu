@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const bool live = row < args.M;
   const bool has_delta = args.delta.base != nullptr;
 
-  Raw x[kSlots], delta[kSlots];
+  Raw x[kSlots] = {}, delta[kSlots] = {};
   const auto load_slot = [&](int64_t k, Raw& x_chunk, Raw& delta_chunk) {
     x_chunk.load(args.x, row, k, K);
     if (has_delta) delta_chunk.load(args.delta, row, k, K);
@@ -64,6 +64,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
     for (int s = 0; s < kSlots; ++s) {
       const int64_t k = k0 + s * Shape::kStep;
       if (k < K) add_slot(k, x[s], delta[s]);
+      x[s].forget_unpacked();
+      delta[s].forget_unpacked();
     }
     if constexpr (Shape::kLoops) {
       for (int64_t k = k0 + kSlots * Shape::kStep; k < K; k += Shape::kStep) {
@@ -108,12 +110,12 @@ __global__ void __launch_bounds__(Shape::kThreads)
 
 cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
   if (args.M == 0) return cudaSuccess;
-  bool whole = reinterpret_cast<uintptr_t>(args.gain) % 16 == 0, narrow = true;
+  bool whole = reinterpret_cast<uintptr_t>(args.gain) % 16 == 0;
   for (const TypedRows* rows : {&args.x, &args.delta, &args.sum, &args.y}) {
     whole &= chunks_aligned(*rows, args.K);
-    narrow &= rows->base == nullptr || element_bytes(rows->dtype) == 2;
   }
-  return dispatch_chunk_shape(args.K, whole, narrow, [&](auto shape) {
+  // Rows longer than 8,192 are read again: the shape for longer ones of 16 bits would spill here.
+  return dispatch_chunk_shape<false>(args.K, whole, false, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_div(args.M, Shape::kRows);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

@@ -274,7 +274,7 @@ cudaError_t launch_norm_backward(const typename Policy::Args& args,
   whole &= chunks_aligned(norm.grad_y, norm.K) && reinterpret_cast<uintptr_t>(norm.gain) % 16 == 0;
   narrow &= element_bytes(norm.grad_y.dtype) == 2;
   const int64_t gain_blocks = gain_row_blocks(norm.M);
-  return dispatch_chunk_shape(norm.K, whole, narrow, [&](auto shape) {
+  return dispatch_chunk_shape<true>(norm.K, whole, narrow, [&](auto shape) {
     using Shape = decltype(shape);
     NormBackwardPlan plan = {};
     const int64_t columns_wide = ceil_div(norm.K, kGainColumns);

@@ -16,10 +16,6 @@ namespace bitnet_ext::cuda {
 
 constexpr int kChunk = 8;
 
-__host__ __device__ constexpr int element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
-
 __device__ __forceinline__ char* address_of(const TypedRows& rows, int64_t row, int64_t k) {
   return static_cast<char*>(rows.base) + (row * rows.stride + k) * element_bytes(rows.dtype);
 }
@@ -61,6 +57,12 @@ struct Chunk {
         words[i] = k + i < K ? __float_as_uint(element_at(rows, row, k + i)) : 0u;
       }
     }
+  }
+
+  // Keeps the compiler from holding the unpacked values of one pass for the next: twice the registers.
+  __device__ __forceinline__ void forget_unpacked() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) asm volatile("" : "+r"(words[i]));
   }
 
   __device__ __forceinline__ void unpack(DType dtype, float (&out)[kChunk]) const {
@@ -133,8 +135,8 @@ struct ChunkShape {
   static constexpr int64_t kStep = static_cast<int64_t>(kThreadsPerRow) * kChunk;
 };
 
-// Calls body(ChunkShape{}). `narrow`: all tensors are of 16 bits.
-template <typename Body>
+// Calls body(ChunkShape{}). `narrow`: all tensors are of 16 bits, for kernels that have a shape for that.
+template <bool kHasNarrow, typename Body>
 cudaError_t dispatch_chunk_shape(int64_t K, bool whole, bool narrow, Body&& body) {
   if (!whole) {
     return K <= 1024 ? body(ChunkShape<128, 1, false>{}) : body(ChunkShape<256, 2, false, true>{});
@@ -145,7 +147,9 @@ cudaError_t dispatch_chunk_shape(int64_t K, bool whole, bool narrow, Body&& body
   if (K <= 2048) return body(ChunkShape<256, 1, true>{});
   if (K <= 4096) return body(ChunkShape<256, 2, true>{});
   if (K <= 8192) return body(ChunkShape<512, 2, true>{});
-  if (K <= 16384 && narrow) return body(ChunkShape<512, 4, true, false, 4>{});
+  if constexpr (kHasNarrow) {
+    if (K <= 16384 && narrow) return body(ChunkShape<512, 4, true, false, 4>{});
+  }
   return body(ChunkShape<256, 2, true, true>{});
 }
 
