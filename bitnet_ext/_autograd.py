@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_ext.ops.small_grad import prefers_small_grad
+
 _ops = torch.ops.bitnet_ext
 
 #: (grad_y [M, N], x_i8 [M, K], act_scale [M], packed, weight_scale [S], segments, need_input, need_weight,
@@ -47,8 +49,21 @@ def exact_grads(
     Returns:
         grad_x_q [M, K] in grad_y's dtype and grad_weight [N, K] in `weight_dtype`; None where it is not needed.
     """
-    N, K = grad_y.shape[1], x_i8.shape[1]
+    (M, N), K = grad_y.shape, x_i8.shape[1]
     grad_x = grad_weight = None
+    if packed.dtype == torch.int32 and M > 0 and prefers_small_grad(M, N, K, grad_y.dtype):
+        grad_x, grad_weight = _ops.bit_linear_grad(
+            grad_y.contiguous(),
+            x_i8,
+            act_scale,
+            packed,
+            weight_scale,
+            list(segments),
+            need_input,
+            need_weight,
+            weight_dtype,
+        )
+        return grad_x if need_input else None, grad_weight if need_weight else None
     if need_input:
         scale = weight_scale
         if len(segments) > 1:
@@ -60,7 +75,10 @@ def exact_grads(
         grad_x = torch.mm(grad_y, weight_q)
     if need_weight:
         x_q = _ops.dequantize_act(x_i8, act_scale, grad_y.dtype)
-        grad_weight = torch.mm(grad_y.t(), x_q).to(weight_dtype)
+        if grad_y.is_cuda and grad_y.dtype != weight_dtype == torch.float32:
+            grad_weight = torch.mm(grad_y.t(), x_q, out_dtype=weight_dtype)  # the sums as they are
+        else:
+            grad_weight = torch.mm(grad_y.t(), x_q).to(weight_dtype)
     return grad_x, grad_weight
 
 
