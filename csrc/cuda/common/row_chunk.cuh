@@ -139,7 +139,7 @@ struct ChunkShape {
 template <bool kHasNarrow, typename Body>
 cudaError_t dispatch_chunk_shape(int64_t K, bool whole, bool narrow, Body&& body) {
   if (!whole) {
-    return K <= 1024 ? body(ChunkShape<128, 1, false>{}) : body(ChunkShape<256, 2, false, true>{});
+    return K <= 1024 ? body(ChunkShape<128, 1, false>{}) : body(ChunkShape<256, 1, false, true>{});
   }
   if (K <= 256) return body(ChunkShape<32, 1, true>{});
   if (K <= 512) return body(ChunkShape<32, 2, true>{});
