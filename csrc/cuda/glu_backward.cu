@@ -29,6 +29,9 @@ struct GluPolicy {
       gate.load(args.gate, row, k, args.norm.K);
       up.load(args.up, row, k, args.norm.K);
     }
+    __device__ __forceinline__ void load_value(const Args& args, int64_t row, int64_t k) {
+      load(args, row, k);
+    }
   };
 
   // act(gate), rounded as the forward rounds it, and up.
@@ -51,11 +54,6 @@ struct GluPolicy {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) h[i] = __fmul_rn(h[i], up[i]);
     round_to(args.gate.dtype, h);
-  }
-  static __device__ __forceinline__ float scalar(const Args& args, int64_t row, int64_t k) {
-    const DType dtype = args.gate.dtype;
-    const float activated = round_to(dtype, Activation::apply(element_at(args.gate, row, k)));
-    return round_to(dtype, __fmul_rn(activated, element_at(args.up, row, k)));
   }
 
   template <typename Shape>

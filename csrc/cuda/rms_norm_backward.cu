@@ -21,8 +21,11 @@ struct RmsNormPolicy {
   struct Raw {
     Chunk<Shape::kWhole, Shape::kWords> x, residual;
 
-    __device__ __forceinline__ void load(const Args& args, int64_t row, int64_t k) {
+    __device__ __forceinline__ void load_value(const Args& args, int64_t row, int64_t k) {
       x.load(args.x, row, k, args.norm.K);
+    }
+    __device__ __forceinline__ void load(const Args& args, int64_t row, int64_t k) {
+      load_value(args, row, k);
       if (args.grad_residual.base != nullptr) residual.load(args.grad_residual, row, k, args.norm.K);
     }
   };
@@ -30,9 +33,6 @@ struct RmsNormPolicy {
   template <typename Shape>
   static __device__ __forceinline__ void value(const Args& args, const Raw<Shape>& raw, float (&h)[kChunk]) {
     raw.x.unpack(args.x.dtype, h);
-  }
-  static __device__ __forceinline__ float scalar(const Args& args, int64_t row, int64_t k) {
-    return element_at(args.x, row, k);
   }
 
   template <typename Shape>

@@ -10,8 +10,8 @@
 // rows (up to 512): blocks of the same launch, one for 32 columns, read the columns again from L2 and
 // write grad_gain whole: one launch, no parts. The order of every sum depends on M and K only. No atomics.
 //
-// A Policy has: Args; Raw (the chunks of a row's slot), load, value (h of a slot), finish (takes grad_h), and
-// scalar (h of one element).
+// A Policy has: Args; Raw, the chunks of a row's slot, with load and load_value (only what h is made of);
+// value, h of a slot; finish, which takes grad_h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -195,33 +195,66 @@ __device__ __forceinline__ void norm_backward_rows(const typename Policy::Args& 
   }
 }
 
-// Columns of a run of rows, read again.
-template <typename Policy>
+// Columns of a run of rows, read again: 4 threads have 8 columns each, 64 groups of them (128 in a block of
+// 512) every 64th row. Two rows are under way at once: with 128 rows that is all, one trip to L2.
+template <typename Policy, typename Shape>
 __device__ __forceinline__ void norm_backward_columns(const typename Policy::Args& args,
                                                       const NormBackwardPlan& plan,
                                                       uint32_t block) {
   const NormBackwardArgs& norm = args.norm;
-  constexpr int kMaxLanes = 16;
-  __shared__ float lanes[kMaxLanes][kGainColumns];
-  const int num_lanes = static_cast<int>(blockDim.x) / kGainColumns;
-  const int column = threadIdx.x % kGainColumns, lane = static_cast<int>(threadIdx.x) / kGainColumns;
-  const int64_t columns_wide = ceil_div(norm.K, kGainColumns);
-  const int64_t k = block % columns_wide * kGainColumns + column;
+  using Raw = typename Policy::template Raw<Shape>;
+  constexpr int kWide = kGainColumns / kChunk, kLanes = Shape::kThreads / kWide, kUnder = 2;
+  constexpr int kWarps = Shape::kThreads / 32;
+  __shared__ float parts[kWarps][kGainColumns];
+  const int64_t K = norm.K, columns_wide = ceil_div(K, kGainColumns);
+  const int lane = static_cast<int>(threadIdx.x) / kWide, chunk = static_cast<int>(threadIdx.x) % kWide;
+  const int64_t k = block % columns_wide * kGainColumns + chunk * kChunk;
   const int64_t row_block = block / columns_wide;
   const int64_t begin = row_block * plan.rows_per_column_block;
   const int64_t end = min(begin + plan.rows_per_column_block, norm.M);
-  float sum = 0.0f;
-  if (k < norm.K) {
-#pragma unroll 4
-    for (int64_t row = begin + lane; row < end; row += num_lanes) {
-      sum += element_at(norm.grad_y, row, k) * (Policy::scalar(args, row, k) * norm.rstd[row]);
+  float sum[kChunk] = {};
+  if (k < K) {
+    for (int64_t first = begin + lane; first < end; first += kUnder * kLanes) {
+      Chunk<Shape::kWhole, Shape::kWords> grad[kUnder];
+      Raw raw[kUnder];
+      float rstd[kUnder] = {};
+#pragma unroll
+      for (int i = 0; i < kUnder; ++i) {
+        const int64_t row = first + i * kLanes;
+        if (row >= end) continue;
+        grad[i].load(norm.grad_y, row, k, K);
+        raw[i].load_value(args, row, k);
+        rstd[i] = norm.rstd[row];
+      }
+#pragma unroll
+      for (int i = 0; i < kUnder; ++i) {
+        if (first + i * kLanes >= end) continue;
+        float g[kChunk], h[kChunk];
+        grad[i].unpack(norm.grad_y.dtype, g);
+        Policy::template value<Shape>(args, raw[i], h);
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) sum[j] += g[j] * (h[j] * rstd[i]);
+      }
     }
   }
-  lanes[lane][column] = sum;
+  // The 8 groups of a warp, then the warps in order.
+#pragma unroll
+  for (int j = 0; j < kChunk; ++j) {
+#pragma unroll
+    for (int offset = 16; offset >= kWide; offset >>= 1) sum[j] += __shfl_xor_sync(kFullWarp, sum[j], offset);
+  }
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x % 32 < kWide) {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) parts[warp][chunk * kChunk + j] = sum[j];
+  }
   __syncthreads();
-  if (lane == 0 && k < norm.K) {
-    for (int i = 1; i < num_lanes; ++i) sum += lanes[i][column];
-    plan.sums[row_block * norm.K + k] = sum;
+  const int64_t column = block % columns_wide * kGainColumns + threadIdx.x;
+  if (threadIdx.x < kGainColumns && column < K) {
+    float total = parts[0][threadIdx.x];
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) total += parts[i][threadIdx.x];
+    plan.sums[row_block * K + column] = total;
   }
 }
 
@@ -235,7 +268,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   if (blockIdx.x < plan.row_blocks) {
     norm_backward_rows<Policy, Shape>(args, plan, shared_sums);
   } else {
-    norm_backward_columns<Policy>(args, plan, blockIdx.x - plan.row_blocks);
+    norm_backward_columns<Policy, Shape>(args, plan, blockIdx.x - plan.row_blocks);
   }
 }
 
