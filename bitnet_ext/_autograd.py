@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_ext.ops.small_grad import prefers_small_grad
+from bitnet_ext.ops.small_grad import exact_grads_small, prefers_small_grad
 
 _ops = torch.ops.bitnet_ext
 
@@ -52,16 +52,8 @@ def exact_grads(
     (M, N), K = grad_y.shape, x_i8.shape[1]
     grad_x = grad_weight = None
     if packed.dtype == torch.int32 and M > 0 and prefers_small_grad(M, N, K, grad_y.dtype):
-        grad_x, grad_weight = _ops.bit_linear_grad(
-            grad_y.contiguous(),
-            x_i8,
-            act_scale,
-            packed,
-            weight_scale,
-            list(segments),
-            need_input,
-            need_weight,
-            weight_dtype,
+        grad_x, grad_weight = exact_grads_small(
+            grad_y, x_i8, act_scale, packed, weight_scale, segments, need_input, need_weight, weight_dtype
         )
         return grad_x if need_input else None, grad_weight if need_weight else None
     if need_input:
@@ -247,9 +239,32 @@ def _glu_bit_linear_backward(ctx: Any, grad_y: Tensor | None, *_unused: None) ->
     return grad_gate_up, grad_weight, None, None, grad_bias, grad_gain, None, None, None, None, None
 
 
+# --- short_attention -----------------------------------------------------------------------------------------
+
+
+def _short_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cos, sin, num_heads, num_kv_heads = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, cos, sin, out, lse)
+    ctx.heads = (num_heads, num_kv_heads)
+
+
+def _short_attention_backward(
+    ctx: Any, grad_out: Tensor | None, _lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 5
+    qkv, cos, sin, out, lse = ctx.saved_tensors
+    grad_qkv = _ops.short_attention_backward(grad_out.contiguous(), qkv, cos, sin, out, lse, *ctx.heads)
+    return grad_qkv, None, None, None, None
+
+
 #: Of each operator: what it saves, and its backward.
 FORMULAS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "bit_linear": (_bit_linear_setup, _bit_linear_backward),
     "glu_bit_linear": (_glu_bit_linear_setup, _glu_bit_linear_backward),
     "rms_norm": (_rms_norm_setup, _rms_norm_backward),
+    "short_attention": (_short_attention_setup, _short_attention_backward),
 }

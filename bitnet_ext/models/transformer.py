@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitnet_ext import ops
 from bitnet_ext.models.config import BitNetConfig
 from bitnet_ext.models.kv_cache import KVCache
 from bitnet_ext.nn import BitLinear, RMSNorm, WeightCache
 from bitnet_ext.nn.fused import apart, glu_linear, norm_linear, side_by_side
+from bitnet_ext.ops.attention import apply_rotary
 from bitnet_ext.ops.fused_quantize import Activation
 
 
@@ -19,20 +21,13 @@ def rotary_table(config: BitNetConfig) -> tuple[Tensor, Tensor]:
     """cos and signed sin, [max_seq_len, head_dim], of the rotary embedding (RoFormer, arXiv 2104.09864).
 
     The pair (i, i + head_dim / 2) turns by ``position * theta^(-2 i / head_dim)``. Both halves of a row hold
-    the same cosines; the first half of the sines is negated, as :func:`apply_rotary` needs them.
+    the same cosines; the first half of the sines is negated, as :func:`bitnet_ext.ops.rotary_attention` needs them.
     """
     pairs = config.head_dim // 2
     frequency = config.rope_theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     angle = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequency
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs of x [B, heads, T, head_dim] by position; cos, sin [T, head_dim] of :func:`rotary_table`."""
-    y = x.float()
-    # Rolling by half swaps the members of each pair: 3 kernels forward and 4 backward, where halves take 20.
-    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -51,23 +46,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return out.transpose(1, 2).flatten(-2)
-
-
-def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
-    """Causal attention with rotated queries and keys, of whole sequences from their beginning.
-
-    Args:
-        qkv: [B, T, (num_heads + 2 num_kv_heads) * head_dim].
-        cos, sin: [T, head_dim] of :func:`rotary_table`.
-
-    Returns:
-        [B, T, num_heads * head_dim].
-    """
-    heads = split_heads(qkv, cos.shape[-1])
-    # Queries and keys are turned together.
-    turned, value = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
-    query, key = apply_rotary(turned, cos, sin).split([num_heads, num_kv_heads], dim=1)
-    return causal_attention(query, key, value)
 
 
 class Attention(nn.Module):
@@ -98,7 +76,7 @@ class Attention(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         parts, x = norm_linear(x, delta, norms, layers, self.qkv_cache)
         if cache is None:
-            out = rotary_attention(side_by_side(parts), cos, sin, self.num_heads, self.num_kv_heads)
+            out = ops.rotary_attention(side_by_side(parts), cos, sin, self.num_heads, self.num_kv_heads)
         else:
             out = self._continue(parts, cos, sin, cache)
         return self.o_proj(out), x
@@ -228,7 +206,8 @@ class BitNetForCausalLM(nn.Module):
                 f"BitNetForCausalLM: input_ids must end within max_seq_len = {self.config.max_seq_len} "
                 f"tokens, got {start + T}"
             )
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        # In float32, also in a model cast to bfloat16.
+        cos, sin = (table[start : start + T].float() for table in (self.cos, self.sin))
         x, delta = self.embed_tokens(input_ids), None
         for layer in self.layers:
             x, delta = layer(x, delta, cos, sin, cache)

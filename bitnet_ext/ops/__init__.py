@@ -4,6 +4,8 @@ Shapes: M tokens, N out_features, K in_features. Activations keep their leading 
 """
 
 from bitnet_ext.ops.bit_linear import add_bit_linear, add_bit_linear_ref, bit_linear, bit_linear_ref
+from bitnet_ext.ops.attention import rotary_attention, rotary_attention_ref
+from bitnet_ext.ops.bit_linear import bit_linear, bit_linear_ref
 from bitnet_ext.ops.fused_quantize import (
     add_rms_norm_quantize,
     add_rms_norm_quantize_ref,
@@ -148,6 +150,8 @@ __all__ = [
     "rms_norm_quantize",
     "rms_norm_quantize_ref",
     "rms_norm_ref",
+    "rotary_attention",
+    "rotary_attention_ref",
     "skinny_mm_nn",
     "skinny_mm_nn_ref",
     "skinny_mm_nt",

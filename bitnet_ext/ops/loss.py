@@ -18,12 +18,13 @@ overwrites it by its gradient, two products with that gradient. The diversity te
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from bitnet_ext.ops import _checks
+from bitnet_ext.ops.skinny_mm import prefers_skinny_mm, skinny_mm_nn, skinny_mm_tn
 
 _ops = torch.ops.bitnet_ext
 
@@ -259,14 +260,28 @@ def _head(weight: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtype, stride:
     return head
 
 
-def _write_logits(hidden: Tensor, head: Tensor, buffer: Tensor) -> None:
-    """buffer[:, :C] = hidden [T, H] x head [C, H]^T."""
-    torch.mm(hidden, head.t(), out=buffer[:, : head.shape[0]])
+def _few(hidden: Tensor) -> bool:
+    """Whether the kernels for few float32 tokens compute the three products."""
+    return hidden.is_cuda and hidden.dtype == torch.float32 and prefers_skinny_mm(*hidden.shape)
+
+
+def _logits(hidden: Tensor, head: Tensor, stride: int, buffer: Tensor | None) -> Tensor:
+    """hidden [T, H] x head [C, H]^T in the first C columns of [T, stride]; in `buffer`, if given."""
+    if _few(hidden):
+        return cast(Tensor, _ops.skinny_mm_nt(hidden, head))
+    if buffer is None:
+        buffer = torch.empty((hidden.shape[0], stride), dtype=hidden.dtype, device=hidden.device)
+    logits = buffer[: hidden.shape[0]]
+    torch.mm(hidden, head.t(), out=logits[:, : head.shape[0]])
+    return logits
 
 
 def _write_grad_hidden(grad: Tensor, head: Tensor, out: Tensor) -> None:
     """out [T, H] = grad[:, :C] x head."""
-    torch.mm(grad[:, : head.shape[0]], head, out=out)
+    if _few(out):
+        out.copy_(skinny_mm_nn(grad[:, : head.shape[0]], head))
+    else:
+        torch.mm(grad[:, : head.shape[0]], head, out=out)
 
 
 def _add_grad_head(
@@ -274,6 +289,9 @@ def _add_grad_head(
 ) -> Tensor:
     """total + grad[:, :C]^T x hidden as [C, H] of `dtype`; total, if given, is of `dtype` and overwritten."""
     columns = grad[:, :rows].t()
+    if _few(hidden):
+        product = skinny_mm_tn(grad[:, :rows], hidden)
+        return product if total is None else total.add_(product)
     if dtype == grad.dtype:
         if total is not None:
             return total.addmm_(columns, hidden)
@@ -321,7 +339,8 @@ def forward(
         head = _head(weight, hidden.dtype, dtype, stride)
         target = target.contiguous()
         step = _rows_at_once(T, stride * dtype.itemsize, chunk_bytes)
-        buffer = torch.empty((step, stride), dtype=dtype, device=hidden.device)
+        buffer: Tensor | None = None
+        logits: Tensor | None = None
         chunks = [slice(start, min(start + step, T)) for start in range(0, max(T, 1), step)]
         wants_gradient = needs_grad_hidden or needs_grad_weight
         count = _ops.count_targets(target)
@@ -334,8 +353,8 @@ def forward(
             # The gradient needs the mean distribution of all tokens, so it has to wait for a second pass.
             sums = torch.zeros(V, device=hidden.device)
             for rows in chunks:
-                logits = buffer[: rows.stop - rows.start]
-                _write_logits(x[rows], head, logits)
+                logits = _logits(x[rows], head, stride, buffer)
+                buffer = logits if buffer is None else buffer
                 stats.append(_ops.cross_entropy_rows_(logits, V, target[rows], None, None, *terms, softcap))
                 sums += _ops.probability_sums(logits, V, target[rows], stats[-1][0], softcap).sum(0)
             mean_p = sums / count
@@ -353,9 +372,9 @@ def forward(
             total = torch.zeros((head.shape[0], H), device=hidden.device)
             total[:V].copy_(weight).mul_(2.0 * output_l2)
         for rows in chunks if wants_gradient or not stats else []:
-            logits = buffer[: rows.stop - rows.start]
-            if not logits_are_there:
-                _write_logits(x[rows], head, logits)
+            if logits is None or not logits_are_there:
+                logits = _logits(x[rows], head, stride, buffer)
+                buffer = logits if buffer is None else buffer
             part = _ops.cross_entropy_rows_(
                 logits, V, target[rows], count if wants_gradient else None, log_marginal, *terms, softcap
             )
