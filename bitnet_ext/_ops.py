@@ -144,8 +144,20 @@ def _prepacked_mm(
     return x_i8.new_empty((*x_i8.shape[:-1], N), dtype=out_dtype)
 
 
+def _product(x: Tensor, K: int, N: int, normalize: bool, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(y, x_i8, act_scale, rstd) of the ternary layers."""
+    leading = x.shape[:-1]
+    return (
+        x.new_empty((*leading, N), dtype=out_dtype),
+        x.new_empty((*leading, K), dtype=torch.int8),
+        x.new_empty(leading, dtype=torch.float32),
+        x.new_empty(leading if normalize else (0,), dtype=torch.float32),
+    )
+
+
 def _bit_linear(
     x: Tensor,
+    delta: Tensor | None,
     weights: list[Tensor],
     packed: Tensor,
     weight_scale: Tensor,
@@ -155,16 +167,54 @@ def _bit_linear(
     normalize: bool,
     out_dtype: torch.dtype,
     backward: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_i8, act_scale = _quantize_act_int8(x)
-    rstd = x.new_empty(x.shape[:-1] if normalize else (0,), dtype=torch.float32)
-    y = x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in weights)), dtype=out_dtype)
-    return y, x_i8, act_scale, rstd
+) -> tuple[Tensor, ...]:
+    N = sum(w.shape[0] for w in weights)
+    total = x.new_empty((0,) if delta is None else x.shape)
+    return (*_product(x, x.shape[-1], N, normalize, out_dtype), total)
 
 
-def _rms_norm_backward(grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _glu_bit_linear(
+    gate_up: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    normalize: bool,
+    activation: str,
+    out_dtype: torch.dtype,
+    backward: str,
+) -> tuple[Tensor, ...]:
+    N, K = weight.shape
+    return _product(gate_up, K, N, normalize, out_dtype)
+
+
+def _glu_backward(
+    grad_y: Tensor, gate_up: Tensor, activation: str, gain: Tensor | None, rstd: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    grad_gain = gate_up.new_empty((0,) if gain is None else gain.shape, dtype=torch.float32)
+    return gate_up.new_empty(gate_up.shape), grad_gain
+
+
+def _rms_norm(
+    x: Tensor, delta: Tensor | None, gain: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty((0,) if delta is None else x.shape)
+    return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _rms_norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    rstd: Tensor,
+    grad_residual: Tensor | None,
+    delta_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_gain = x.new_empty((0,) if gain is None else (x.shape[-1],), dtype=torch.float32)
-    return x.new_empty(x.shape), grad_gain
+    grad_delta = x.new_empty((0,) if delta_dtype == x.dtype else x.shape, dtype=delta_dtype)
+    return x.new_empty(x.shape), grad_delta, grad_gain
 
 
 def _bit_linear_grad(
@@ -345,6 +395,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "prepacked_mm_int32": _prepacked_mm_int32,
     "prepacked_mm": _prepacked_mm,
     "bit_linear": _bit_linear,
+    "glu_bit_linear": _glu_bit_linear,
+    "glu_backward": _glu_backward,
+    "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
     "bit_linear_grad": _bit_linear_grad,
     "sum_of_squares": _sum_of_squares,

@@ -47,15 +47,26 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "prepacked_mm(Tensor x_i8, Tensor act_scale, Tensor prepacked, int N, Tensor weight_scale, "
       "Tensor? bias, int[] segments, ScalarType out_dtype, bool weight_is_constant) -> Tensor");
   // `weights` [N_i, K] are stacked along N; `packed` and `weight_scale` [S] are their codes as of
-  // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact", "int8")
-  // names the gradients, which are those of _autograd.py.
+  // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact",
+  // "int8") names the gradients, which are those of _autograd.py.
   m.def(
-      "bit_linear(Tensor x, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "bit_linear(Tensor x, Tensor? delta, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? "
+      "bias, "
       "Tensor? norm_weight, float norm_eps, bool normalize, ScalarType out_dtype, str backward) -> "
-      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
+      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor sum)");
+  // act(gate) * up of gate_up [.., 2 K], an RMS norm of it, int8 activations and the product.
   m.def(
-      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor "
-      "grad_gain)");
+      "glu_bit_linear(Tensor gate_up, Tensor weight, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "Tensor? norm_weight, float norm_eps, bool normalize, str activation, ScalarType out_dtype, "
+      "str backward) -> (Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
+  m.def(
+      "glu_backward(Tensor grad_y, Tensor gate_up, str activation, Tensor? gain, Tensor rstd, "
+      "bool normalize) -> (Tensor grad_gate_up, Tensor grad_gain)");
+  // --- the norm, of x or of x + delta, which is returned as sum ---
+  m.def("rms_norm(Tensor x, Tensor? delta, Tensor? gain, float eps) -> (Tensor y, Tensor sum, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd, Tensor? grad_residual, "
+      "ScalarType delta_dtype) -> (Tensor grad_x, Tensor grad_delta, Tensor grad_gain)");
   // The exact gradients of bit_linear's product for few tokens, on CUDA; [0] tensors for what is not needed.
   m.def(
       "bit_linear_grad(Tensor grad_y, Tensor x_i8, Tensor act_scale, Tensor prepacked, Tensor weight_scale, "

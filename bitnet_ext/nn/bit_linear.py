@@ -100,7 +100,7 @@ class BitLinear(nn.Module):
                 quantized=self.cache.get([self.weight]),
             )
         if gain is not None:
-            x = nn.functional.rms_norm(x.float(), (self.in_features,), gain, self.norm_eps).to(x.dtype)
+            x = ops.rms_norm(x, gain, self.norm_eps)
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
