@@ -32,10 +32,11 @@ from torch.nn import functional as F
 
 from bitnet_ext import ops
 from bitnet_ext.collapse.arms import arm_config
-from bitnet_ext.models import PRESETS, BitNetConfig, BitNetForCausalLM, preset
-from bitnet_ext.models.transformer import apply_rotary, rotary_table
+from bitnet_ext.models import PRESETS, BitNetForCausalLM, preset
 from bitnet_ext.testing import Timing, environment, format_table, measure_ceiling, paired_ratio, write_json
 from bitnet_ext.testing.bench import device_name, slug
+from bitnet_ext.testing.script import positive
+from bitnet_ext.testing.twin import TwinModel
 from bitnet_ext.training import FusedAdam, TrainConfig, learning_rates
 from bitnet_ext.training.device import resolve_device
 from bitnet_ext.training.distributed import World
@@ -48,126 +49,6 @@ MAX_RELATIVE_DIFFERENCE = 0.02
 SCHEDULED_STEPS = 50_000
 #: Shortest block: a fast variant makes more steps in a block than --steps asks for.
 MIN_BLOCK_SECONDS = 0.2
-
-
-# --- the twin: the same network as anyone would write it ----------------------------------------------------
-
-
-class FakeQuantLinear(nn.Linear):
-    """Ternary weight and int8 input in float, with the straight-through gradient (BitNet b1.58 FAQ)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = 127.0 / x.abs().max(dim=-1, keepdim=True).values.clamp(min=1e-5)
-        x_quant = (x * scale).round().clamp(-128, 127) / scale
-        scale = 1.0 / self.weight.abs().mean().clamp(min=1e-5)
-        w_quant = (self.weight * scale).round().clamp(-1, 1) / scale
-        x = x + (x_quant - x).detach()
-        weight = self.weight + (w_quant - self.weight).detach()
-        return F.linear(x, weight)
-
-
-def linear(config: BitNetConfig, in_features: int, out_features: int) -> nn.Linear:
-    kind = nn.Linear if config.quantization == "none" else FakeQuantLinear
-    return kind(in_features, out_features, bias=False)
-
-
-def norm(config: BitNetConfig, features: int, wanted: bool = True) -> nn.Module:
-    return nn.RMSNorm(features, eps=config.norm_eps) if wanted else nn.Identity()
-
-
-class TwinAttention(nn.Module):
-    def __init__(self, config: BitNetConfig) -> None:
-        super().__init__()
-        hidden, kv = config.hidden_size, config.num_kv_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.grouped = config.num_kv_heads != config.num_heads
-        self.input_norm = norm(config, hidden, config.pre_linear_norm)
-        self.q_proj = linear(config, hidden, hidden)
-        self.k_proj = linear(config, hidden, kv)
-        self.v_proj = linear(config, hidden, kv)
-        self.o_norm = norm(config, hidden, config.sub_norm)
-        self.o_proj = linear(config, hidden, hidden)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, hidden = x.shape
-        x = self.input_norm(x)
-        query, key, value = (
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
-        return self.o_proj(self.o_norm(out.transpose(1, 2).reshape(B, T, hidden)))
-
-
-class TwinFeedForward(nn.Module):
-    def __init__(self, config: BitNetConfig) -> None:
-        super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.activation = config.activation
-        self.input_norm = norm(config, hidden, config.pre_linear_norm)
-        self.gate_proj = linear(config, hidden, inner)
-        self.up_proj = linear(config, hidden, inner)
-        self.down_norm = norm(config, inner, config.sub_norm)
-        self.down_proj = linear(config, inner, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.input_norm(x)
-        gate = self.gate_proj(x)
-        gate = F.relu(gate).square() if self.activation == "relu2" else F.silu(gate)
-        return self.down_proj(self.down_norm(gate * self.up_proj(x)))
-
-
-class TwinBlock(nn.Module):
-    def __init__(self, config: BitNetConfig) -> None:
-        super().__init__()
-        self.attention_norm = norm(config, config.hidden_size)
-        self.attention = TwinAttention(config)
-        self.feed_forward_norm = norm(config, config.hidden_size)
-        self.feed_forward = TwinFeedForward(config)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.feed_forward(self.feed_forward_norm(x))
-
-
-class TwinModel(nn.Module):
-    """BitNetForCausalLM's network in plain PyTorch: int64 [B, T] -> logits [B, T, V]."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, config: BitNetConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TwinBlock(config) for _ in range(config.num_layers))
-        self.final_norm = norm(config, config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
-        cos, sin = rotary_table(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        T = input_ids.shape[1]
-        x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, self.cos[:T], self.sin[:T])
-        return self.final_norm(x)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.lm_head(self.hidden_states(input_ids))
-
-    def load_from(self, model: BitNetForCausalLM) -> TwinModel:
-        """Copies the weights of our model."""
-        state = {
-            name.replace("_proj.norm_weight", "_norm.weight"): value
-            for name, value in model.state_dict().items()
-        }
-        state.setdefault("lm_head.weight", state["embed_tokens.weight"])
-        self.load_state_dict(state)
-        return self
 
 
 # --- the variants -------------------------------------------------------------------------------------------
@@ -198,6 +79,33 @@ class Ours:
             part = rows[start : start + self.step.block_steps]
             losses += self.step.run(self.count, part)[:, 0].tolist()
             self.count += len(part)
+        return losses
+
+
+class Together:
+    """Several runs of ours on one GPU, each on a stream of its own; its steps are those of all runs.
+
+    A step of one run is a chain of small kernels that leaves most of the GPU idle; the chains of others fit beside it.
+    """
+
+    def __init__(self, runs: list[Ours], device: torch.device) -> None:
+        self.runs = runs
+        self.streams = [torch.cuda.Stream(device) for _ in runs]
+        self.step_multiple = runs[0].step_multiple * len(runs)
+
+    def run(self, rows: NDArray[np.int64]) -> list[float]:
+        """Each run makes len(rows) / runs steps, on the first of the rows."""
+        block = self.runs[0].step.block_steps
+        losses: list[float] = []
+        for start in range(0, len(rows) // len(self.runs), block):
+            part = rows[start : start + block]
+            for member, stream in zip(self.runs, self.streams, strict=True):
+                with torch.cuda.stream(stream):
+                    member.step.launch(member.count, part)
+            for member, stream in zip(self.runs, self.streams, strict=True):
+                with torch.cuda.stream(stream):
+                    losses += member.step.finish()[:, 0].tolist()
+                member.count += len(part)
         return losses
 
 
@@ -283,7 +191,7 @@ def prepare(
         torch.cuda.reset_peak_memory_stats()
         allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     variant = build()
-    result.first_losses = variant.run(batches[:COMPARED_STEPS])
+    result.first_losses = variant.run(batches[:COMPARED_STEPS])[:COMPARED_STEPS]
     count = variant.step_multiple
     variant.run(batches[:count])
     start = time.perf_counter()
@@ -450,6 +358,10 @@ def parse() -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--model", choices=list(PRESETS), help="preset (default: collapse-256)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--compile", action="store_true", help="also time the twin under torch.compile")
+    parser.add_argument(
+        "--together", type=positive, nargs="+", default=[], metavar="N",
+        help="also time so many runs at once on one GPU, each on its own stream; steps/s are then of all of them",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="result file (default: bench/results/...)")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model and few steps, to see that it runs"
@@ -489,6 +401,10 @@ def build_results(
         "eager twin": twin(),
         "eager twin, Adam(fused=True)": twin(fused=True),
     }
+    for count in args.together if cuda else []:
+        builders[f"bitnet_ext, {count} runs at once"] = lambda count=count: Together(
+            [Ours(model(), config, device) for _ in range(count)], device
+        )
     if not cuda:  # on a GPU foreach is torch.optim.Adam's own choice
         builders["eager twin, Adam(foreach=True)"] = twin(foreach=True)
     if args.compile:

@@ -1,4 +1,4 @@
-"""Fake kernels (shapes for tracing) and autograd of the operators declared in csrc/ops.cpp."""
+"""Fake kernels (shapes for tracing) of the operators declared in csrc/ops.cpp; their registration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ops = torch.ops.bitnet_ext
+from bitnet_ext import _autograd
 
 
 def _packed_width(K: int) -> int:
@@ -48,6 +48,25 @@ def _quantize_pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
     packed = weight.new_empty((N, _packed_width(K)), dtype=torch.uint8)
     return packed, weight.new_empty((), dtype=torch.float32)
+
+
+def _quantize_weights(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    N, K = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    if weights[0].device.type == "cuda":
+        packed = _prepacked(weights[0], N, K)
+    else:
+        packed = weights[0].new_empty((N, _packed_width(K)), dtype=torch.uint8)
+    return packed, weights[0].new_empty((len(weights),), dtype=torch.float32)
+
+
+def _quantize_weight_groups_(
+    weights: list[Tensor],
+    group_sizes: list[int],
+    packed: list[Tensor],
+    weight_scale: list[Tensor],
+    abs_sums: Tensor | None,
+) -> None:
+    return None
 
 
 def _pack_ternary(codes: Tensor) -> Tensor:
@@ -126,20 +145,20 @@ def _prepacked_mm(
 
 def _bit_linear(
     x: Tensor,
-    weight: Tensor,
+    weights: list[Tensor],
+    packed: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_eps: float,
     normalize: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x_i8, act_scale = _quantize_act_int8(x)
     rstd = x.new_empty(x.shape[:-1] if normalize else (0,), dtype=torch.float32)
-    packed, weight_scale = _quantize_pack_weight(weight)
-    if weight.device.type == "cuda":
-        packed = _prepacked(weight, *weight.shape)
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
-    return y, x_i8, act_scale, rstd, packed, weight_scale
+    y = x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in weights)), dtype=out_dtype)
+    return y, x_i8, act_scale, rstd
 
 
 def _rms_norm_backward(grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +170,17 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((), dtype=torch.float64)
 
 
+def _clip_gradients_(
+    grads: list[Tensor], step: Tensor, max_norm: float, latch: Tensor
+) -> tuple[Tensor, Tensor]:
+    norm = grads[0].new_empty((), dtype=torch.float32)
+    return norm, torch.empty_like(norm)
+
+
+def _sum_rows(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty((V,), dtype=torch.int32)
+
+
 def _adam_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -158,11 +188,15 @@ def _adam_step_(
     exp_avg_sq: list[Tensor],
     hyper: Tensor,
     grad_scale: Tensor,
+    decay: list[int],
+    ternary: list[int],
+    abs_sums: Tensor | None,
+    slots: Tensor | None,
+    row_param: int,
     beta1: float,
     beta2: float,
     eps: float,
     decoupled: bool,
-    decay: bool,
 ) -> None:
     return None
 
@@ -201,6 +235,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "glu_quantize": _glu_quantize,
     "quantize_weight_ternary": _quantize_weight_ternary,
     "quantize_pack_weight": _quantize_pack_weight,
+    "quantize_weights": _quantize_weights,
+    "quantize_weight_groups_": _quantize_weight_groups_,
     "pack_ternary": _pack_ternary,
     "unpack_ternary": _unpack_ternary,
     "dequantize_ternary": _dequantize_ternary,
@@ -216,56 +252,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bit_linear": _bit_linear,
     "rms_norm_backward": _rms_norm_backward,
     "sum_of_squares": _sum_of_squares,
+    "clip_gradients_": _clip_gradients_,
+    "sum_rows": _sum_rows,
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
     "softmax_grad_": _softmax_grad_,
 }
-
-
-# --- autograd of bit_linear: the straight-through estimator ------------------------------------------------
-
-
-def _bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, norm_weight, _eps, normalize, _out_dtype = inputs
-    _y, x_i8, act_scale, rstd, packed, weight_scale = output
-    # The norm's backward needs x itself; without a norm the int8 form is all that is kept.
-    ctx.save_for_backward(x if normalize else None, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
-    # Without this every unused output gets a gradient of zeros: six kernels a layer.
-    ctx.set_materialize_grads(False)
-    ctx.normalize = normalize
-    ctx.x_dtype = x.dtype
-    ctx.weight_dtype = weight.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _bit_linear_backward(
-    ctx: Any, grad_y: Tensor | None, *_unused: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """dL/dx_q = g W_q and dL/dW = g^T x_q, passed unchanged through both quantisers."""
-    if grad_y is None:
-        return (None,) * 7
-    x, norm_weight, x_i8, act_scale, rstd, packed, weight_scale = ctx.saved_tensors
-    K = x_i8.shape[-1]
-    grad = grad_y.reshape(-1, grad_y.shape[-1])
-    grad_x = grad_weight = grad_bias = grad_gain = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-        if packed.dtype == torch.int32:
-            weight_q = _ops.dequantize_prepacked(packed, weight_scale, grad.shape[-1], K, grad.dtype)
-        else:
-            weight_q = _ops.dequantize_ternary(packed, weight_scale, K, grad.dtype)
-        grad_x = torch.mm(grad, weight_q).reshape(x_i8.shape)
-        if ctx.normalize:
-            grad_x, grad_gain = _ops.rms_norm_backward(grad_x, x, norm_weight, rstd)
-        else:
-            grad_x = grad_x.to(ctx.x_dtype)
-    if ctx.needs_input_grad[1]:
-        x_q = _ops.dequantize_act(x_i8, act_scale, grad.dtype)
-        grad_weight = torch.mm(grad.t(), x_q.reshape(-1, K)).to(ctx.weight_dtype)
-    if ctx.needs_input_grad[2]:
-        grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    if norm_weight is None:
-        grad_gain = None
-    return grad_x, grad_weight, grad_bias, grad_gain, None, None, None
 
 
 _registered = False
@@ -278,7 +270,6 @@ def register() -> None:
         return
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"bitnet_ext::{name}", fake)
-    torch.library.register_autograd(
-        "bitnet_ext::bit_linear", _bit_linear_backward, setup_context=_bit_linear_setup
-    )
+    for name, (setup, backward) in _autograd.FORMULAS.items():
+        torch.library.register_autograd(f"bitnet_ext::{name}", backward, setup_context=setup)
     _registered = True

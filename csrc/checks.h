@@ -179,6 +179,26 @@ inline void check_matrix(const char* op, const char* arg, const Tensor& t) {
   }
 }
 
+// The rows of each of the matrices [N_i, K] that one product reads as a stack, for activations of K features.
+inline std::vector<int64_t> check_stack(const char* op, const std::vector<Tensor>& weights, int64_t K) {
+  if (weights.empty()) fail(op, "weights must hold at least one tensor; got an empty list");
+  std::vector<int64_t> rows;
+  for (const Tensor& weight : weights) {
+    check_matrix(op, "weights", weight);
+    if (weight.size(1) != K) {
+      fail(op, "x must have K = ", weight.size(1), " like weights ", shape_text(weight), "; got K = ", K);
+    }
+    rows.push_back(weight.size(0));
+  }
+  return rows;
+}
+
+inline void check_backward(const char* op, const std::string& backward) {
+  if (backward != "exact" && backward != "int8") {
+    fail(op, "backward must be exact or int8; got '", backward, "'");
+  }
+}
+
 // The packed form of a [N, K] weight: uint8 [N, ceil(K / 4)].
 inline void check_packed(const char* op, const Tensor& packed, int64_t K) {
   check_dtype(op, "packed", packed, ScalarType::Byte);
@@ -187,6 +207,95 @@ inline void check_packed(const char* op, const Tensor& packed, int64_t K) {
   const int64_t bytes = (K + 3) / 4;
   if (packed.dim() != 2 || packed.size(0) < 1 || packed.size(1) != bytes) {
     fail(op, "packed must have shape [N, ", bytes, "] for K = ", K, "; got ", shape_text(packed));
+  }
+}
+
+// A list that belongs to params.
+inline void check_length(const char* op, const char* arg, size_t length, size_t params) {
+  if (length != params) {
+    fail(op, arg, " must have one entry for each of params, ", params, "; got ", length);
+  }
+}
+
+// abs_sums float64 of exactly as many values as the ternary params have partial sums.
+inline void check_abs_sums(const char* op, const std::optional<Tensor>& abs_sums, int64_t num_sums) {
+  if (abs_sums.has_value()) {
+    check_vector(op, "abs_sums", *abs_sums, num_sums);
+  } else if (num_sums > 0) {
+    fail(op, "abs_sums must be given with ternary params; got none");
+  }
+}
+
+// Gradients rows [T, H] of the embeddings of ids [T].
+inline void check_rows_of_ids(const char* op, const Tensor& ids, const Tensor& rows, int64_t V) {
+  check_dim(op, "ids", ids, 1);
+  if (rows.dim() != 2 || rows.size(0) != ids.size(0) || rows.size(1) < 1) {
+    fail(op, "rows must have shape [T, H] for ids of shape ", shape_text(ids), "; got ", shape_text(rows));
+  }
+  if (V < 1) fail(op, "V must be >= 1; got ", V);
+  if (ids.size(0) > INT32_MAX) fail(op, "ids must be fewer than 2^31; got ", ids.size(0));
+}
+
+// The one parameter of adam_step_ whose gradient comes as rows, or none (row_param -1, no slots).
+inline void check_row_param(const char* op,
+                            const std::vector<Tensor>& params,
+                            const std::vector<Tensor>& grads,
+                            const std::optional<Tensor>& slots,
+                            int64_t row_param) {
+  if (!slots.has_value()) {
+    if (row_param != -1) fail(op, "row_param must be -1 without slots; got ", row_param);
+    return;
+  }
+  if (row_param < 0 || row_param >= static_cast<int64_t>(params.size())) {
+    fail(op, "row_param must be the index of one of ", params.size(), " params; got ", row_param);
+  }
+  const Tensor& param = params[static_cast<size_t>(row_param)];
+  const Tensor& grad = grads[static_cast<size_t>(row_param)];
+  if (param.dim() != 2 || param.numel() > UINT32_MAX) {
+    fail(op,
+         "the param of row_param must have shape [V, H] and fewer than 2^32 elements; got ",
+         shape_text(param));
+  }
+  if (grad.dim() != 2 || grad.size(1) != param.size(1)) {
+    fail(op, "the grad of row_param must have shape [T, ", param.size(1), "]; got ", shape_text(grad));
+  }
+  check_vector(op, "slots", *slots, param.size(0));
+}
+
+// The lists of quantize_weight_groups_: group g is the next group_sizes[g] weights.
+inline void check_groups(const char* op,
+                         const std::vector<Tensor>& weights,
+                         const std::vector<int64_t>& group_sizes,
+                         const std::vector<Tensor>& packed,
+                         const std::vector<Tensor>& weight_scale) {
+  if (weights.empty()) fail(op, "weights must hold at least one tensor; got an empty list");
+  const int64_t count = static_cast<int64_t>(weights.size());
+  int64_t total = 0;
+  for (const int64_t size : group_sizes) {
+    if (size < 1 || size > count - total) {
+      fail(op,
+           "group_sizes must be sizes >= 1 that sum to the ",
+           count,
+           " weights; got ",
+           shape_text(group_sizes));
+    }
+    total += size;
+  }
+  if (total != count) {
+    fail(op,
+         "group_sizes must be sizes >= 1 that sum to the ",
+         count,
+         " weights; got ",
+         shape_text(group_sizes));
+  }
+  if (packed.size() != group_sizes.size() || weight_scale.size() != group_sizes.size()) {
+    fail(op,
+         "packed and weight_scale must have one tensor for each of the ",
+         group_sizes.size(),
+         " groups; got ",
+         packed.size(),
+         " and ",
+         weight_scale.size());
   }
 }
 

@@ -17,6 +17,13 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "(Tensor x_i8, Tensor act_scale)");
   m.def("quantize_weight_ternary(Tensor weight) -> (Tensor codes, Tensor weight_scale)");
   m.def("quantize_pack_weight(Tensor weight) -> (Tensor packed, Tensor weight_scale)");
+  // Several weights [N_i, K], each with a scale of its own, stacked along N: packed on the CPU, prepacked on
+  // CUDA.
+  m.def("quantize_weights(Tensor[] weights) -> (Tensor packed, Tensor weight_scale)");
+  // The same for many stacks in place. abs_sums float64: the partial sums of |w| that adam_step_ wrote.
+  m.def(
+      "quantize_weight_groups_(Tensor[] weights, int[] group_sizes, Tensor(a!)[] packed, "
+      "Tensor(b!)[] weight_scale, Tensor? abs_sums) -> ()");
   // --- packing ---
   m.def("pack_ternary(Tensor codes) -> Tensor");
   m.def("unpack_ternary(Tensor packed, int K) -> Tensor");
@@ -39,20 +46,33 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def(
       "prepacked_mm(Tensor x_i8, Tensor act_scale, Tensor prepacked, int N, Tensor weight_scale, "
       "Tensor? bias, int[] segments, ScalarType out_dtype, bool weight_is_constant) -> Tensor");
-  // `packed` is the canonical form on the CPU and the prepacked one on CUDA.
+  // `weights` [N_i, K] are stacked along N; `packed` and `weight_scale` [S] are their codes as of
+  // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact", "int8")
+  // names the gradients, which are those of _autograd.py.
   m.def(
-      "bit_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, "
-      "bool normalize, ScalarType out_dtype) -> "
-      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor packed, Tensor weight_scale)");
+      "bit_linear(Tensor x, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "Tensor? norm_weight, float norm_eps, bool normalize, ScalarType out_dtype, str backward) -> "
+      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
   m.def(
       "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor "
       "grad_gain)");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
+  // (norm, grad_scale), both float32 []. latch float64 [2 + n]: the first step whose norm was not finite, or
+  // a negative number, a counter of the kernel's, and the sums of squares of that step; once it holds a step,
+  // grad_scale is NaN.
+  m.def(
+      "clip_gradients_(Tensor[] grads, Tensor step, float max_norm, Tensor(a!) latch) -> "
+      "(Tensor norm, Tensor grad_scale)");
+  // The gradient of an embedding [V, H] from the rows [T, H] of ids [T]: sums [T, H] holds the sum of all
+  // rows of an id where it first occurs, else 0; slots int32 [V] the place of an id in it, or -1.
+  m.def("sum_rows(Tensor ids, Tensor rows, int V) -> (Tensor sums, Tensor slots)");
+  // decay, ternary: 0 or 1 for each of params. abs_sums: partial sums of the new magnitudes of the ternary
+  // ones, for quantize_weight_groups_. slots: grads[row_param] holds rows, as from sum_rows (else -1).
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-      "Tensor hyper, Tensor grad_scale, float beta1, float beta2, float eps, bool decoupled, bool decay) -> "
-      "()");
+      "Tensor hyper, Tensor grad_scale, int[] decay, int[] ternary, Tensor(d!)? abs_sums, Tensor? slots, "
+      "int row_param, float beta1, float beta2, float eps, bool decoupled) -> ()");
   // --- loss ---
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "

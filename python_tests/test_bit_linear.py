@@ -118,9 +118,58 @@ def test_bad_arguments() -> None:
         ops.bit_linear(x, w, norm_weight=torch.ones(8))
     with pytest.raises(ValueError, match="bias must have shape"):
         ops.bit_linear(x, w, bias=torch.ones(5))
+    with pytest.raises(ValueError, match=r"weight\[1\] must have K = 8 like weight\[0\]"):
+        ops.bit_linear(x, [w, torch.ones(4, 7)])
+    with pytest.raises(ValueError, match="backward must be exact"):
+        ops.bit_linear(x, w, backward="fp4")
     with pytest.raises(RuntimeError, match="holds NaN or Inf"):
         ops.bit_linear(x * float("nan"), w)
     with pytest.raises(ValueError, match="quantization must be one of"):
         BitLinear(4, 4, quantization="int4")
     with pytest.raises(ValueError, match="must be >= 1"):
         BitLinear(0, 4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("sizes", [(32, 16, 5), (5, 3)], ids=["stacked", "apart on cuda"])
+def test_several_weights_are_those_side_by_side(device: str, normalize: bool, sizes: tuple[int, ...]) -> None:
+    M, K = 7, 37
+    t = inputs(M, sum(sizes), K, device)
+    norm = {"norm_weight": t["norm_weight"], "norm_eps": 1e-5} if normalize else {}
+    grad = torch.randn(M, sum(sizes), generator=torch.Generator().manual_seed(9)).to(device)
+    # Scales that differ, so that a mix-up shows.
+    parts = [w * (i + 1) for i, w in enumerate(t["weight"].split(sizes))]
+    results = []
+    for function in (ops.bit_linear, ops.bit_linear_ref):
+        leaves = [t["x"].clone(), t["bias"].clone(), *(p.clone() for p in parts)]
+        gain = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in norm.items()}
+        x, bias, *weights = (leaf.requires_grad_() for leaf in leaves)
+        y = function(x, weights, bias=bias, **gain)
+        y.backward(grad)
+        tensors = [x, bias, *weights, *(v for v in gain.values() if isinstance(v, torch.Tensor))]
+        results.append((y.detach(), [v.grad for v in tensors]))
+    (y, gradients), (y_ref, gradients_ref) = results
+    assert torch.equal(y, y_ref)
+    for value, expected in zip(gradients, gradients_ref, strict=True):
+        torch.testing.assert_close(value, expected, rtol=2e-4, atol=2e-5)
+    separate = [
+        ops.bit_linear(t["x"], w, bias=b, **norm) for w, b in zip(parts, t["bias"].split(sizes), strict=True)
+    ]
+    assert torch.equal(y, torch.cat(separate, dim=-1))
+
+
+def test_only_the_weights_that_train_get_gradients() -> None:
+    t = inputs(3, 8, 5, "cpu")
+    frozen, trained = t["weight"].split((3, 5))
+    trained = trained.clone().requires_grad_()
+    ops.bit_linear(t["x"], [frozen, trained]).square().sum().backward()
+    assert frozen.grad is None and trained.grad is not None and t["x"].grad is None
+
+
+def test_codes_of_the_caller_are_used() -> None:
+    t = inputs(3, 8, 5, "cpu")
+    other = ops.quantize_weights([t["weight"].flip(0)])
+    assert torch.equal(
+        ops.bit_linear(t["x"], t["weight"], quantized=other), ops.bit_linear(t["x"], t["weight"].flip(0))
+    )

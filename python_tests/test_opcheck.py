@@ -22,6 +22,7 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     x_i8, act_scale, rstd = ops.rms_norm_quantize(x, gain)
     packed, weight_scale = ops.quantize_pack_weight(weight)
     prepacked = ops.prepack_ternary(packed, K)
+    stack = ops.quantize_weights([weight])
     two_scales = torch.rand(2, device=device)
     logits, target = make(M, V), torch.tensor([3, -100, 60, 0, 9], device=device)
     stats = ops.softmax_stats(logits, target)
@@ -29,6 +30,11 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     moments = [torch.zeros_like(t) for t in pair], [torch.zeros_like(t) for t in pair]
     hyper = torch.tensor([1e-3, 0.1, 0.1, 0.05], device=device)
     one = torch.ones((), device=device)
+    shared = [make(16, K), weight]
+    sums, latch = (
+        torch.empty(1, dtype=torch.float64, device=device),
+        torch.tensor([-1.0, 0, 0, 0], dtype=torch.float64, device=device),
+    )
     return {
         "quantize_act_int8": (x,),
         "rms_norm_quantize": (x, gain, 1e-5),
@@ -36,6 +42,8 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "glu_quantize": (x, make(2, M, K), "relu2", gain, 1e-5, True),
         "quantize_weight_ternary": (weight,),
         "quantize_pack_weight": (weight,),
+        "quantize_weights": ([make(16, K), weight],),
+        "quantize_weight_groups_": ([weight], [1], [stack.packed], [stack.weight_scale], None),
         "pack_ternary": (ops.quantize_weight_ternary(weight)[0],),
         "unpack_ternary": (packed, K),
         "dequantize_ternary": (packed, weight_scale, K, torch.bfloat16),
@@ -50,16 +58,35 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "prepacked_mm": (x_i8, act_scale, prepacked, N, two_scales, bias, [5, 7], torch.bfloat16, True),
         "bit_linear": (
             x.clone().requires_grad_(),
-            weight.clone().requires_grad_(),
-            bias.clone().requires_grad_(),
+            [w.clone().requires_grad_() for w in shared],
+            *ops.quantize_weights(shared),
+            make(N + 16).requires_grad_(),
             gain.clone().requires_grad_(),
             1e-5,
             True,
             torch.float32,
+            "exact",
         ),
         "rms_norm_backward": (make(2, M, K), x.detach(), gain.detach(), rstd),
         "sum_of_squares": (pair,),
-        "adam_step_": (pair, [make(3, 4), make(7)], *moments, hyper, one, 0.9, 0.95, 1e-8, False, True),
+        "adam_step_": (
+            pair,
+            [make(3, 4), make(7)],
+            *moments,
+            hyper,
+            one,
+            [0, 1],
+            [1, 0],
+            sums,
+            None,
+            -1,
+            0.9,
+            0.95,
+            1e-8,
+            False,
+        ),
+        "sum_rows": (torch.tensor([3, 0, 3], device=device), make(3, 7), 5),
+        "clip_gradients_": (pair, torch.zeros(1, dtype=torch.int64, device=device), 1.0, latch),
         "softmax_stats": (logits, target),
         "softmax_grad_": (
             logits.clone(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -126,3 +128,187 @@ def test_bad_arguments() -> None:
         ops.sum_of_squares([])
     with pytest.raises(ValueError, match="must be float32"):
         FusedAdam(torch.nn.Linear(2, 2).half(), TrainConfig())
+
+
+def _tensors(shapes: list[tuple[int, ...]], device: str, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+
+def _hyper(device: str) -> torch.Tensor:
+    return torch.tensor([1e-2, 0.1, 1 - 0.9**3, 1 - 0.95**3], device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_decay_by_tensor_equals_two_calls(device: str, decoupled: bool) -> None:
+    """100 tensors: more than one table on CUDA."""
+    shapes = [(i % 7 + 1, 3 * i + 1) for i in range(100)]
+    decay = [i % 3 != 0 for i in range(100)]
+    scale = torch.tensor(0.7, device=device)
+    results = []
+    for together in (True, False):
+        p, g, m, v = (_tensors(shapes, device, seed) for seed in range(4))
+        v = [t.abs() for t in v]
+        parts = (
+            [list(range(100))]
+            if together
+            else [[i for i in range(100) if decay[i] == d] for d in (True, False)]
+        )
+        for part in parts:
+            lists = [[t[i] for i in part] for t in (p, g, m, v)]
+            ops.adam_step_(*lists, _hyper(device), scale, decoupled=decoupled, decay=[decay[i] for i in part])
+        results.append(p + m + v)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+#: Small, odd, exactly a partial sum, just beyond it; the last two only on CUDA (over 4 M elements).
+TERNARY_SHAPES = [(3, 5), (16, 129), (64, 64), (33, 257), (256, 512), (1537, 4096), (2560, 2561)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("skipped", [False, True])
+def test_sums_of_magnitudes_give_the_scale_of_the_new_weight(device: str, skipped: bool) -> None:
+    shapes = TERNARY_SHAPES if device == "cuda" else TERNARY_SHAPES[:5]
+    shapes = [shape for ternary in shapes for shape in (ternary, (17,))]  # others in between
+    ternary = [len(shape) == 2 for shape in shapes]
+    p, g, m, v = (_tensors(shapes, device, seed) for seed in range(4))
+    v = [t.abs() for t in v]
+    flat = torch.randn(32 * 70 + 1, generator=torch.Generator().manual_seed(9)).to(device)
+    p.append(flat[1:].view(32, 70))  # not 16-byte aligned
+    for t in (g, m, v):
+        t.append(torch.ones(32, 70, device=device))
+    ternary.append(True)
+    before = [t.clone() for t in p + m + v]
+    weights = [t for t, is_ternary in zip(p, ternary, strict=True) if is_ternary]
+    sums = ops.abs_sums_like(weights)
+    scale = torch.tensor(float("nan") if skipped else 0.7, device=device)
+    ops.adam_step_(p, g, m, v, _hyper(device), scale, decoupled=True, ternary=ternary, abs_sums=sums)
+    assert all(torch.equal(a, b) == skipped for a, b in zip(before, p + m + v, strict=True))
+    targets = [ops.quantize_weights([torch.zeros_like(w)]) for w in weights]
+    ops.quantize_weight_groups_([[w] for w in weights], targets, sums)
+    for w, target in zip(weights, targets, strict=True):
+        expected = ops.quantize_weights([w])
+        assert torch.equal(target.weight_scale, ops.quantize_weight_ternary(w)[1].reshape(1))
+        assert torch.equal(target.packed, expected.packed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [1, 55, 1200])
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e9])
+def test_clip_gradients(device: str, count: int, max_norm: float | None) -> None:
+    """1,200 tensors: more than one table of either kernel."""
+    grads = _tensors([(i % 5 + 1, i + 1) for i in range(count)], device, 0)
+    if device == "cuda":
+        grads.append(torch.randn(5_000_001, device=device))  # more than 4,096 elements a partial sum
+    step = torch.tensor([7], device=device)
+    latch = torch.zeros(2 + len(grads), dtype=torch.float64, device=device)
+    latch[0] = -1
+    norm, scale = ops.clip_gradients_(grads, step, max_norm, latch)
+    want_norm, want_scale, _ = ops.clip_gradients_ref(grads, step, max_norm, latch)
+    torch.testing.assert_close(norm, want_norm, rtol=1e-7, atol=0)
+    torch.testing.assert_close(scale, want_scale, rtol=3e-7, atol=0)
+    assert float(latch[0]) == -1.0
+    again = ops.clip_gradients_(grads, step, max_norm, latch)
+    assert torch.equal(norm, again[0]) and torch.equal(scale, again[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_latch_keeps_the_first_bad_step(device: str, bad: float) -> None:
+    grads = _tensors([(3,), (70, 100), (1,)], device, 0)
+    step = torch.zeros(1, dtype=torch.int64, device=device)
+    latch = torch.tensor([-1.0, 0, 0, 0, 0], dtype=torch.float64, device=device)
+
+    def clip() -> float:
+        scale = float(ops.clip_gradients_(grads, step, 1.0, latch)[1])
+        step.add_(1)
+        return scale
+
+    assert clip() < 1
+    good = grads[1][69, 99].item()
+    grads[1][69, 99] = bad
+    assert math.isnan(clip())  # step 1
+    first = latch.clone()
+    assert latch[0] == 1 and torch.isfinite(latch).tolist() == [True, True, True, False, True]
+    grads[1][69, 99] = good
+    grads[0][0] = bad
+    assert math.isnan(clip())  # a later one does not replace it
+    grads[0][0] = 1.0
+    assert math.isnan(clip())  # nor does a good one
+    torch.testing.assert_close(latch, first, equal_nan=True, rtol=0, atol=0)
+    latch[0] = -1
+    assert clip() < 1
+
+
+def test_bad_arguments_of_the_new_operators() -> None:
+    p, hyper, one = torch.ones(3, 4), torch.ones(4), torch.ones(())
+    step = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="latch must have shape"):
+        ops.clip_gradients_([p], step, 1.0, torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="max_norm must be > 0 or None, got 0"):
+        ops.clip_gradients_([p], step, 0, torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(TypeError, match="step must be of dtype int64"):
+        ops.clip_gradients_([p], step.int(), 1.0, torch.zeros(3, dtype=torch.float64))
+    lists = [[p.clone()] for _ in range(4)]
+    with pytest.raises(RuntimeError, match="decay must have one entry for each of params, 1; got 2"):
+        ops.adam_step_(*lists, hyper, one, decoupled=True, decay=[True, False])
+    with pytest.raises(RuntimeError, match="abs_sums must be given with ternary params"):
+        ops.adam_step_(*lists, hyper, one, decoupled=True, ternary=[True])
+    with pytest.raises(RuntimeError, match=r"abs_sums must have shape \[1\]; got \[2\]"):
+        sums = torch.zeros(2, dtype=torch.float64)
+        ops.adam_step_(*lists, hyper, one, decoupled=True, ternary=[True], abs_sums=sums)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("T", "H", "V"), [(1, 1, 1), (5, 7, 3), (128, 256, 50257), (300, 515, 40), (0, 4, 9)]
+)
+def test_sum_rows(device: str, T: int, H: int, V: int) -> None:
+    generator = torch.Generator().manual_seed(T)
+    ids = torch.randint(0, V, (T,), generator=generator).to(device)
+    rows = torch.randn(T, H, generator=generator).to(device)
+    sums, slots = ops.sum_rows(ids, rows, V)
+    if T:
+        expected = ops.sum_rows_ref(ids, rows.double(), V)
+        torch.testing.assert_close(sums.double(), expected[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(slots, expected[1])
+    assert all(map(torch.equal, (sums, slots), ops.sum_rows(ids, rows, V)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("T", "H", "V"), [(1, 1, 1), (5, 7, 33), (128, 256, 5003), (300, 514, 40)])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_gradient_by_rows_equals_a_dense_one(device: str, T: int, H: int, V: int, decoupled: bool) -> None:
+    generator = torch.Generator().manual_seed(T)
+    ids = torch.randint(0, V, (T,), generator=generator).to(device)
+    rows = torch.randn(T, H, generator=generator).to(device)
+    sums, slots = ops.sum_rows(ids, rows, V)
+    dense = torch.where((slots < 0)[:, None], 0.0, sums[slots.long()])
+    other, scale = torch.randn(3, 5, device=device), torch.tensor(0.7, device=device)
+    results = []
+    for grad in (dense, sums):
+        p, m, v = (_tensors([(3, 5), (V, H)], device, seed) for seed in range(3))
+        v = [t.abs() for t in v]
+        by_rows = {"slots": slots, "row_param": 1} if grad is sums else {}
+        ops.adam_step_(p, [other, grad], m, v, _hyper(device), scale, decoupled=decoupled, **by_rows)
+        results.append(p + m + v)
+    assert all(map(torch.equal, *results))
+
+
+def test_bad_arguments_of_rows() -> None:
+    ids, rows = torch.tensor([1, 5]), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match=r"ids must be in 0\.\.4; got 5"):
+        ops.sum_rows(ids, rows, 5)
+    with pytest.raises(ValueError, match="rows must have shape"):
+        ops.sum_rows(ids, torch.ones(3, 3), 9)
+    sums, slots = ops.sum_rows(ids, rows, 9)
+    hyper, one = torch.ones(4), torch.ones(())
+    for bad, match in (
+        ({"slots": slots}, "row_param must be the index of one of 1 params; got -1"),
+        ({"slots": slots[:5].clone(), "row_param": 0}, r"slots must have shape \[9\]; got \[5\]"),
+    ):
+        moments = [torch.zeros(9, 3)], [torch.zeros(9, 3)]
+        with pytest.raises((RuntimeError, ValueError), match=match):
+            grads = [sums if "row_param" in bad else torch.zeros(9, 3)]
+            ops.adam_step_([torch.ones(9, 3)], grads, *moments, hyper, one, decoupled=True, **bad)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bitnet_ext.training import TrainConfig, learning_rates, weight_decays
+from bitnet_ext.training.config import LR_SCHEDULES
 from bitnet_ext.training.schedules import hyper_table
 
 
@@ -60,16 +61,25 @@ def test_weight_decay() -> None:
 def test_hyper_table() -> None:
     config = TrainConfig(steps=3, beta1=0.9, beta2=0.95)
     table = hyper_table(config)
-    assert table.shape == (3, 4) and table.dtype == np.float32
+    assert table.shape == (3, 5) and table.dtype == np.float32
     np.testing.assert_allclose(table[:, 2], [0.1, 0.19, 0.271], rtol=1e-6)
     np.testing.assert_allclose(table[:, 0], learning_rates(config), rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
+@pytest.mark.parametrize("second", [None, 1e-3])
+def test_muon_follows_the_schedule(schedule: str, second: float | None) -> None:
+    config = TrainConfig(
+        steps=50, warmup_steps=5, lr=2e-3, muon_lr=0.03, lr_schedule=schedule, lr_second=second
+    )
+    np.testing.assert_allclose(hyper_table(config)[:, 4], 15 * learning_rates(config), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
         ({"steps": 0}, "steps must be an integer >= 1"),
-        ({"optimizer": "sgd"}, "optimizer must be one of adam_l2, adamw"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adam_l2, adamw, muon"),
         ({"batch_size": 6, "accumulation": 4}, "batch_size must be a multiple of accumulation"),
         ({"lr": float("nan")}, "lr must be finite"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\)"),

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from bitnet_ext.models.config import BitNetConfig
 from bitnet_ext.models.kv_cache import KVCache
-from bitnet_ext.nn import BitLinear, RMSNorm
+from bitnet_ext.nn import BitLinear, RMSNorm, WeightCache
+from bitnet_ext.nn.shared_input import shared_input_linear
 
 
 def rotary_table(config: BitNetConfig) -> tuple[Tensor, Tensor]:
@@ -33,6 +34,41 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
+def split_heads(parts: list[Tensor], head_dim: int) -> list[Tensor]:
+    """[B, T, heads * head_dim] -> [B, heads, T, head_dim] each."""
+    return [part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in parts]
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[B, heads, T, head_dim] each, heads of key and value shared by groups of queries -> [B, T, hidden]."""
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=query.shape[2] > 1 and mask is None,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return out.transpose(1, 2).flatten(-2)
+
+
+def rotary_attention(
+    parts: list[Tensor], cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> Tensor:
+    """Causal attention with rotated queries and keys, of whole sequences from their beginning.
+
+    Args:
+        parts: query, key and value, [B, T, heads * head_dim] each: of one product, or apart.
+        cos, sin: [T, head_dim] of :func:`rotary_table`.
+
+    Returns:
+        [B, T, num_heads * head_dim].
+    """
+    head_dim = parts[0].shape[-1] // num_heads
+    query, key, value = split_heads(parts, head_dim)
+    return causal_attention(apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value)
+
+
 class Attention(nn.Module):
     """Causal attention with grouped queries; input and output products are BitLinear."""
 
@@ -43,7 +79,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         hidden, kv = config.hidden_size, config.num_kv_heads * config.head_dim
         kind = config.quantization
-        self.input_norm = RMSNorm(hidden, config.norm_eps) if config.pre_linear_norm else nn.Identity()
+        self.input_norm = RMSNorm(hidden, config.norm_eps) if config.pre_linear_norm else None
+        self.qkv_cache = WeightCache()
         self.q_proj = BitLinear(hidden, hidden, quantization=kind)
         self.k_proj = BitLinear(hidden, kv, quantization=kind)
         self.v_proj = BitLinear(hidden, kv, quantization=kind)
@@ -52,26 +89,26 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        B, T, hidden = x.shape
-        x = self.input_norm(x)
-        query = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-        key = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        value = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        parts = shared_input_linear(x, layers, self.qkv_cache, self.input_norm)
+        if cache is None:
+            out = rotary_attention(parts, cos, sin, self.num_heads, self.num_kv_heads)
+        else:
+            out = self._continue(parts, cos, sin, cache)
+        return self.o_proj(out)
+
+    def _continue(self, parts: list[Tensor], cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
+        """Attention of tokens that follow those in the cache."""
+        query, key, value = split_heads(parts, self.head_dim)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        start, T = cache.length, query.shape[2]
+        key, value = cache.append(self.layer, key, value)
+        key, value = key.to(query.dtype), value.to(query.dtype)
         mask = None
-        if cache is not None:
-            start = cache.length
-            key, value = cache.append(self.layer, key, value)
-            key, value = key.to(query.dtype), value.to(query.dtype)
-            if start and T > 1:  # a later chunk of a prompt sees all before it
-                positions = torch.arange(start + T, device=x.device)
-                mask = positions[None, :] <= positions[start:, None]
-        causal = T > 1 and mask is None
-        grouped = self.num_kv_heads != self.num_heads
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, hidden))
+        if start and T > 1:  # a later chunk of a prompt sees all before it
+            positions = torch.arange(start + T, device=query.device)
+            mask = positions[None, :] <= positions[start:, None]
+        return causal_attention(query, key, value, mask)
 
 
 class FeedForward(nn.Module):
@@ -81,7 +118,8 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden, inner, kind = config.hidden_size, config.intermediate_size, config.quantization
         self.activation = config.activation
-        self.input_norm = RMSNorm(hidden, config.norm_eps) if config.pre_linear_norm else nn.Identity()
+        self.input_norm = RMSNorm(hidden, config.norm_eps) if config.pre_linear_norm else None
+        self.gate_up_cache = WeightCache()
         self.gate_proj = BitLinear(hidden, inner, quantization=kind)
         self.up_proj = BitLinear(hidden, inner, quantization=kind)
         self.down_proj = BitLinear(
@@ -89,10 +127,10 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.input_norm(x)
-        gate = self.gate_proj(x)
+        layers = (self.gate_proj, self.up_proj)
+        gate, up = shared_input_linear(x, layers, self.gate_up_cache, self.input_norm)
         gate = F.relu(gate).square() if self.activation == "relu2" else F.silu(gate)
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(gate * up)
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ from bitnet_ext.nn.convert import convert_linear, pack_model
 from bitnet_ext.nn.int8_linear import Int8Linear
 from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
 from bitnet_ext.nn.rms_norm import RMSNorm
+from bitnet_ext.nn.weight_cache import WeightCache, resident_weights, weight_caches
 
 __all__ = [
     "QUANTIZATIONS",
@@ -14,6 +15,9 @@ __all__ = [
     "Int8Linear",
     "PackedBitLinear",
     "RMSNorm",
+    "WeightCache",
     "convert_linear",
     "pack_model",
+    "resident_weights",
+    "weight_caches",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_ext import ops
+from bitnet_ext.nn.weight_cache import WeightCache
 
 #: "b1.58": ternary weights and int8 activations (arXiv 2402.17764). "none": the full-precision twin.
 QUANTIZATIONS = ("b1.58", "none")
@@ -25,6 +26,8 @@ class BitLinear(nn.Module):
         norm: puts an RMSNorm with a gain (`norm_weight`, [K]) before the quantiser, fused with it.
         norm_eps: epsilon of that norm.
         quantization: "b1.58", or "none" for the full-precision twin with the same parameters.
+
+    The codes are kept until the weight changes (:class:`WeightCache`).
 
     Shapes: input [..., K], output [..., N].
     """
@@ -55,6 +58,7 @@ class BitLinear(nn.Module):
         self.out_features = out_features
         self.norm_eps = norm_eps
         self.quantization = quantization
+        self.cache = WeightCache()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
         self.norm_weight = nn.Parameter(torch.ones(in_features, device=device)) if norm else None
@@ -73,13 +77,28 @@ class BitLinear(nn.Module):
     def is_quantized(self) -> bool:
         return self.quantization != "none"
 
+    @property
+    def float_bias(self) -> Tensor | None:
+        """The bias as it enters: in float32, also in a model cast to bfloat16."""
+        return None if self.bias is None else self.bias.float()
+
+    @property
+    def float_gain(self) -> Tensor | None:
+        """The norm's gain as it enters, in float32."""
+        return None if self.norm_weight is None else self.norm_weight.float()
+
     def forward(self, x: Tensor) -> Tensor:
-        # Gain and bias enter in float32, also in a model cast to bfloat16.
-        gain = None if self.norm_weight is None else self.norm_weight.float()
+        gain = self.float_gain
         if self.is_quantized:
-            bias = None if self.bias is None else self.bias.float()
             norm_eps = None if gain is None else self.norm_eps
-            return ops.bit_linear(x, self.weight, bias=bias, norm_weight=gain, norm_eps=norm_eps)
+            return ops.bit_linear(
+                x,
+                self.weight,
+                bias=self.float_bias,
+                norm_weight=gain,
+                norm_eps=norm_eps,
+                quantized=self.cache.get([self.weight]),
+            )
         if gain is not None:
             x = nn.functional.rms_norm(x.float(), (self.in_features,), gain, self.norm_eps).to(x.dtype)
         return nn.functional.linear(x, self.weight, self.bias)

@@ -146,7 +146,16 @@ class PackedBitLinear(nn.Module):
             x_i8, act_scale, _ = ops.rms_norm_quantize(x, self.norm_weight, self.norm_eps)
         else:
             x_i8, act_scale = ops.quantize_act_int8(x)
-        device_type = x.device.type
+        return self.product(x_i8, act_scale, x.dtype)
+
+    def product(self, x_i8: Tensor, act_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The layer on an input that is quantised already (and normalised, if the layer has a norm).
+
+        Args:
+            x_i8, act_scale: int8 [..., K] and float32 [...].
+            dtype: of the result, unless autocast is on.
+        """
+        device_type = x_i8.device.type
         autocast = torch.is_autocast_enabled(device_type)
         return ops.int8xint2_mm(
             x_i8,
@@ -156,8 +165,8 @@ class PackedBitLinear(nn.Module):
             bias=self.bias,
             segments=self.segments,
             out_features=self.out_features,
-            out_dtype=torch.get_autocast_dtype(device_type) if autocast else x.dtype,
-            weight_is_constant=True,  # the kernel before it is the quantiser
+            out_dtype=torch.get_autocast_dtype(device_type) if autocast else dtype,
+            weight_is_constant=True,  # the kernel before it is the quantiser, or another such product
         )
 
     def extra_repr(self) -> str:

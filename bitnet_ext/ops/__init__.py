@@ -20,7 +20,16 @@ from bitnet_ext.ops.loss import (
     softmax_stats_ref,
 )
 from bitnet_ext.ops.matmul import int8xint2_mm, int8xint2_mm_ref
-from bitnet_ext.ops.optimizer import adam_step_, adam_step_ref, sum_of_squares, sum_of_squares_ref
+from bitnet_ext.ops.optimizer import (
+    adam_step_,
+    adam_step_ref,
+    clip_gradients_,
+    clip_gradients_ref,
+    sum_of_squares,
+    sum_of_squares_ref,
+    sum_rows,
+    sum_rows_ref,
+)
 from bitnet_ext.ops.packing import (
     dequantize_prepacked,
     dequantize_prepacked_ref,
@@ -47,6 +56,14 @@ from bitnet_ext.ops.quantize import (
     quantize_weight_ternary,
     quantize_weight_ternary_ref,
 )
+from bitnet_ext.ops.quantize_groups import (
+    QuantizedWeight,
+    abs_sums_like,
+    can_stack,
+    quantize_weight_groups_,
+    quantize_weights,
+    quantize_weights_ref,
+)
 from bitnet_ext.ops.rms_norm import (
     rms_norm_backward,
     rms_norm_backward_ref,
@@ -56,13 +73,18 @@ from bitnet_ext.ops.rms_norm import (
 
 __all__ = [
     "LinearCrossEntropyOutput",
+    "QuantizedWeight",
     "SoftmaxStats",
+    "abs_sums_like",
     "adam_step_",
     "adam_step_ref",
     "add_rms_norm_quantize",
     "add_rms_norm_quantize_ref",
     "bit_linear",
     "bit_linear_ref",
+    "can_stack",
+    "clip_gradients_",
+    "clip_gradients_ref",
     "dequantize_act",
     "dequantize_act_ref",
     "dequantize_prepacked",
@@ -89,8 +111,11 @@ __all__ = [
     "quantize_pack_weight_ref",
     "quantize_rows_int8",
     "quantize_rows_int8_ref",
+    "quantize_weight_groups_",
     "quantize_weight_ternary",
     "quantize_weight_ternary_ref",
+    "quantize_weights",
+    "quantize_weights_ref",
     "rms_norm_backward",
     "rms_norm_backward_ref",
     "rms_norm_quantize",
@@ -99,6 +124,8 @@ __all__ = [
     "softmax_stats_ref",
     "sum_of_squares",
     "sum_of_squares_ref",
+    "sum_rows",
+    "sum_rows_ref",
     "unpack_ternary",
     "unpack_ternary_ref",
     "unprepack_ternary",

@@ -8,6 +8,9 @@ section 2.2), both scales being constants.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -15,67 +18,135 @@ from bitnet_ext.ops import _checks
 from bitnet_ext.ops.matmul import int8xint2_mm_ref
 from bitnet_ext.ops.packing import pack_ternary_ref
 from bitnet_ext.ops.quantize import quantize_act_int8_ref, quantize_weight_ternary_ref
+from bitnet_ext.ops.quantize_groups import QuantizedWeight, can_stack, quantize_weights
 from bitnet_ext.ops.rms_norm import check_gain
 
 _ops = torch.ops.bitnet_ext
 
+Backward = Literal["exact"]
+BACKWARDS = ("exact",)
+
 
 def bit_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     *,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
     out_dtype: torch.dtype | None = None,
+    backward: Backward = "exact",
+    quantized: QuantizedWeight | None = None,
 ) -> Tensor:
     """``y = Q_int8(norm(x)) Q_ternary(weight)^T + bias`` with straight-through gradients.
 
+    Several weights that share the input are multiplied at once: x is normalised and quantised once, and one product
+    reads all of them. Each keeps the scale of its own, and the result is theirs side by side, bit for bit.
+
     Args:
         x: [..., K] float32, bfloat16 or float16.
-        weight: latent weights [N, K], same dtypes.
+        weight: latent weights [N, K], same dtypes; or a sequence of weights [N_i, K] of one dtype, N = sum N_i.
         bias: float32 [N] or None.
         norm_weight: float32 [K], gain of an RMSNorm before the quantiser; needs `norm_eps`.
         norm_eps: epsilon of that norm; None for no norm. With `norm_eps` alone the norm has no gain.
         out_dtype: of the result; by default the autocast dtype where autocast is on, else x's.
+        backward: "exact" computes both products of the backward pass in the dtype of the result.
+        quantized: the weights as :func:`quantize_weights` returned them, for a caller that keeps them while the
+            weights stay what they are; None quantises here.
 
     Returns:
         [..., N] of `out_dtype`. Gradients reach x, weight, bias and norm_weight.
     """
     op = "bit_linear"
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
     _checks.tensor(op, "x", x, dtypes=_checks.FLOATS, min_dim=1)
-    _checks.tensor(op, "weight", weight, dtypes=_checks.FLOATS, dim=2)
-    _checks.same_device(op, "weight", weight, "x", x)
-    N, K = weight.shape
-    _checks.at_least_one(op, "weight", N, "out_features (N)")
-    _checks.at_least_one(op, "weight", K, "in_features (K)")
-    if x.shape[-1] != K:
+    N = _check_weights(op, weights, x)
+    if x.shape[-1] != weights[0].shape[1]:
         raise ValueError(
-            f"{op}: x must have K = {K} as its last dimension (in_features of weight), got {x.shape[-1]}"
+            f"{op}: x must have K = {weights[0].shape[1]} as its last dimension (in_features of weight), "
+            f"got {x.shape[-1]}"
         )
-    if bias is not None:
-        _checks.tensor(op, "bias", bias, dtypes=(torch.float32,), dim=1)
-        _checks.shape(op, "bias", bias, (N,), "out_features of weight")
-        _checks.same_device(op, "bias", bias, "x", x)
+    _check_bias(op, bias, N, x)
     if norm_weight is not None:
         if norm_eps is None:
             raise ValueError(f"{op}: norm_weight needs norm_eps, got norm_eps=None")
         check_gain(op, "norm_weight", norm_weight, x)
-    if out_dtype is None:
-        device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        out_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-    if out_dtype not in _checks.FLOATS:
-        raise TypeError(f"{op}: out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+        norm_weight = norm_weight.contiguous()
+    check_backward(op, backward)
+    out_dtype = result_dtype(op, out_dtype, x)
+    if quantized is None and not can_stack(weights):
+        parts = [w.shape[0] for w in weights]
+        biases = [None] * len(parts) if bias is None else bias.split(parts)
+        return torch.cat(
+            [
+                bit_linear(
+                    x,
+                    w,
+                    bias=b,
+                    norm_weight=norm_weight,
+                    norm_eps=norm_eps,
+                    out_dtype=out_dtype,
+                    backward=backward,
+                )
+                for w, b in zip(weights, biases, strict=True)
+            ],
+            dim=-1,
+        )
+    weights = [w.contiguous() for w in weights]
+    packed, weight_scale = quantize_weights(weights) if quantized is None else quantized
     return _ops.bit_linear(
         x.contiguous(),
-        weight.contiguous(),
+        weights,
+        packed,
+        weight_scale,
         None if bias is None else bias.contiguous(),
-        None if norm_weight is None else norm_weight.contiguous(),
+        norm_weight,
         0.0 if norm_eps is None else norm_eps,
         norm_eps is not None,
         out_dtype,
+        backward,
     )[0]
+
+
+def check_backward(op: str, backward: str) -> None:
+    if backward not in BACKWARDS:
+        raise ValueError(f"{op}: backward must be {' or '.join(BACKWARDS)}, got {backward!r}")
+
+
+def result_dtype(op: str, out_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    """`out_dtype`, or what it is by default: the autocast dtype where autocast is on, else x's."""
+    if out_dtype is None:
+        device_type = x.device.type
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    if out_dtype not in _checks.FLOATS:
+        raise TypeError(f"{op}: out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+    return out_dtype
+
+
+def _check_weights(op: str, weights: Sequence[Tensor], x: Tensor) -> int:
+    """The rows of all weights together."""
+    if not weights:
+        raise ValueError(f"{op}: weight must be a tensor or a sequence of at least one, got an empty one")
+    N = 0
+    for index, w in enumerate(weights):
+        name = "weight" if len(weights) == 1 else f"weight[{index}]"
+        _checks.tensor(op, name, w, dtypes=(weights[0].dtype,) if index else _checks.FLOATS, dim=2)
+        _checks.same_device(op, name, w, "x", x)
+        _checks.at_least_one(op, name, w.shape[0], "out_features (N)")
+        _checks.at_least_one(op, name, w.shape[1], "in_features (K)")
+        if w.shape[1] != weights[0].shape[1]:
+            raise ValueError(
+                f"{op}: {name} must have K = {weights[0].shape[1]} like weight[0], got {w.shape[1]}"
+            )
+        N += w.shape[0]
+    return N
+
+
+def _check_bias(op: str, bias: Tensor | None, N: int, x: Tensor) -> None:
+    if bias is not None:
+        _checks.tensor(op, "bias", bias, dtypes=(torch.float32,), dim=1)
+        _checks.shape(op, "bias", bias, (N,), "out_features of weight")
+        _checks.same_device(op, "bias", bias, "x", x)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -92,13 +163,23 @@ class _StraightThrough(torch.autograd.Function):
 
 def bit_linear_ref(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     *,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
 ) -> Tensor:
     """:func:`bit_linear` in plain PyTorch, in float32: the exact forward, gradients by autograd."""
+    if not isinstance(weight, Tensor):
+        parts = [w.shape[0] for w in weight]
+        biases = [None] * len(parts) if bias is None else bias.split(parts)
+        return torch.cat(
+            [
+                bit_linear_ref(x, w, bias=b, norm_weight=norm_weight, norm_eps=norm_eps)
+                for w, b in zip(weight, biases, strict=True)
+            ],
+            dim=-1,
+        )
     x = x.float()
     if norm_eps is not None:
         rstd = (x.double().square().mean(-1, keepdim=True) + norm_eps).rsqrt().float()

@@ -25,6 +25,90 @@ def sum_of_squares_ref(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.double().square().sum() for t in tensors]).sum()
 
 
+def clip_gradients_(
+    grads: Sequence[Tensor], step: Tensor, max_norm: float | None, latch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The global gradient norm and the factor that clips it, and a latch for gradients that are not finite.
+
+    ``norm = sqrt(sum_i |g_i|^2)`` in float64, rounded once; ``grad_scale = min(1, max_norm / (norm + 1e-6))`` as
+    ``torch.nn.utils.clip_grad_norm_``. The first time that the norm is not finite, latch takes the step and the
+    sums of squares of every tensor (those of a tensor that holds NaN or Inf are not finite), and from then on
+    grad_scale is NaN, which makes :func:`adam_step_` change nothing. The host may look at the latch much later.
+
+    Args:
+        grads: n float32 tensors on one device.
+        step: int64 of one element, the number of this step, >= 0.
+        max_norm: None for no clipping.
+        latch: float64 [2 + n] on the same device, changed in place: the step, a counter of the kernel's,
+            the sums. Before the first step the caller makes it 0 and latch[0] -1.
+
+    Returns:
+        norm and grad_scale, float32 [].
+    """
+    op = "clip_gradients_"
+    _check_list(op, "grads", grads)
+    _checks.tensor(op, "step", step, dtypes=(torch.int64,))
+    _checks.tensor(op, "latch", latch, dtypes=(torch.float64,))
+    _checks.shape(op, "latch", latch, (2 + len(grads),), "a step, a counter, one sum for each of grads")
+    _checks.same_device(op, "step", step, "grads", grads[0])
+    _checks.same_device(op, "latch", latch, "grads", grads[0])
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"{op}: max_norm must be > 0 or None, got {max_norm}")
+    bound = math.inf if max_norm is None else max_norm
+    norm, grad_scale = _ops.clip_gradients_([g.contiguous() for g in grads], step, bound, latch)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(latch)
+    return norm, grad_scale
+
+
+def clip_gradients_ref(
+    grads: Sequence[Tensor], step: Tensor, max_norm: float | None, latch: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`clip_gradients_` in plain PyTorch: norm, grad_scale and the new latch."""
+    sums = torch.stack([g.double().square().sum() for g in grads])
+    norm = sums.sum().sqrt().float()
+    bad = latch[0] >= 0
+    if not bad and not torch.isfinite(norm):
+        latch, bad = torch.cat([step.reshape(1).double(), latch[1:2], sums]), torch.ones_like(bad)
+    grad_scale = ((math.inf if max_norm is None else max_norm) / (norm + 1e-6)).clamp(max=1.0)
+    return norm, torch.where(bad, math.nan, grad_scale), latch
+
+
+def sum_rows(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """The gradient of an embedding [V, H] without its zeros, from the rows of a step's tokens.
+
+    Args:
+        ids: int64 [T], 0 <= id < V. On CUDA every token is compared with every other, so T should be at most a
+            few thousand.
+        rows: float32 [T, H], the gradient of each token's vector.
+
+    Returns:
+        sums float32 [T, H], at the first token of an id the sum of the rows of all its tokens, else 0; and slots
+        int32 [V], the place of an id in sums, or -1.
+
+    Raises:
+        RuntimeError: on the CPU, when an id is out of range. On CUDA such a token is left out.
+    """
+    op = "sum_rows"
+    _checks.tensor(op, "ids", ids, dtypes=(torch.int64,), dim=1)
+    _checks.tensor(op, "rows", rows, dtypes=(torch.float32,), dim=2)
+    _checks.same_device(op, "rows", rows, "ids", ids)
+    _checks.shape(op, "rows", rows, (ids.shape[0], rows.shape[1]), "a row for each of ids")
+    _checks.at_least_one(op, "V", V, "ids")
+    return _ops.sum_rows(ids.contiguous(), rows.contiguous(), V)
+
+
+def sum_rows_ref(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """:func:`sum_rows` in plain PyTorch."""
+    same = ids[:, None] == ids[None, :]
+    first = same.int().argmax(1)  # of each token's id
+    places = torch.arange(ids.shape[0], device=ids.device)
+    sums = torch.where((first == places)[:, None], same.to(rows.dtype) @ rows, 0.0)
+    slots = torch.full((V,), -1, dtype=torch.int32, device=ids.device)
+    slots[ids] = first.int()
+    return sums, slots
+
+
 def adam_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -37,9 +121,13 @@ def adam_step_(
     beta2: float = 0.95,
     eps: float = 1e-8,
     decoupled: bool,
-    decay: bool = True,
+    decay: bool | Sequence[bool] = True,
+    ternary: Sequence[bool] | None = None,
+    abs_sums: Tensor | None = None,
+    slots: Tensor | None = None,
+    row_param: int = -1,
 ) -> None:
-    """One Adam update of `params` in place, in one pass over memory.
+    """One Adam update of `params` in place, in one pass over memory; on CUDA one launch for up to 72 tensors.
 
     ``g = grad * grad_scale``; with coupled L2 (``decoupled=False``, Kingma & Ba with the L2 term in the
     gradient, as ``torch.optim.Adam``) ``g += weight_decay * p``; with decoupled decay (AdamW, arXiv
@@ -50,8 +138,14 @@ def adam_step_(
         params, grads, exp_avg, exp_avg_sq: equally many float32 tensors of equal shapes on one device.
         hyper: float32 [4] on that device: lr, weight_decay, bc1 = 1 - beta1^t, bc2 = 1 - beta2^t. On the
             device, so that a captured graph follows a schedule.
-        grad_scale: float32 [], the factor of the gradients (clipping, accumulation).
-        decay: whether weight_decay applies to these parameters at all.
+        grad_scale: float32 [], the factor of the gradients (clipping, accumulation); NaN for no update at all,
+            as :func:`clip_gradients_` gives when a gradient is not finite.
+        decay: whether weight_decay applies, for all of params or for each.
+        ternary: for each of params, whether it will be quantised.
+        abs_sums: float64 as from :func:`abs_sums_like` of the ternary params: takes the sums of their new
+            magnitudes, in this order, for :func:`quantize_weight_groups_`.
+        slots, row_param: the gradient of params[row_param], an embedding [V, H], is given by :func:`sum_rows`:
+            grads[row_param] is its sums [T, H], slots its int32 [V]. Rows without a slot have gradient 0.
     """
     op = "adam_step_"
     for name, tensors in (
@@ -66,7 +160,8 @@ def adam_step_(
                 f"{op}: {name} must have as many tensors as params ({len(params)}), got {len(tensors)}"
             )
         for index, (t, p) in enumerate(zip(tensors, params, strict=True)):
-            if t.shape != p.shape or t.device != p.device:
+            by_rows = name == "grads" and index == row_param
+            if (t.shape != p.shape and not by_rows) or t.device != p.device:
                 raise ValueError(
                     f"{op}: {name}[{index}] must have the shape {tuple(p.shape)} and device {p.device} of "
                     f"params[{index}], got {tuple(t.shape)} on {t.device}"
@@ -78,6 +173,10 @@ def adam_step_(
     _checks.tensor(op, "grad_scale", grad_scale, dtypes=(torch.float32,))
     _checks.same_device(op, "hyper", hyper, "params", params[0])
     _checks.same_device(op, "grad_scale", grad_scale, "params", params[0])
+    if abs_sums is not None:
+        _checks.tensor(op, "abs_sums", abs_sums, dtypes=(torch.float64,))
+        _checks.same_device(op, "abs_sums", abs_sums, "params", params[0])
+    decays = [decay] * len(params) if isinstance(decay, bool) else decay
     _ops.adam_step_(
         list(params),
         [g.contiguous() for g in grads],
@@ -85,12 +184,18 @@ def adam_step_(
         list(exp_avg_sq),
         hyper.contiguous(),
         grad_scale,
+        [int(d) for d in decays],
+        [0] * len(params) if ternary is None else [int(t) for t in ternary],
+        abs_sums,
+        slots,
+        row_param,
         beta1,
         beta2,
         eps,
         decoupled,
-        decay,
     )
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([*params, *exp_avg, *exp_avg_sq])
 
 
 def adam_step_ref(

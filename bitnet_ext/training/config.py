@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-OPTIMIZERS = ("adam_l2", "adamw")
+OPTIMIZERS = ("adam_l2", "adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "two-stage", "report")
 WD_SCHEDULES = ("constant", "two-stage", "cosine-then-off")
 PRECISIONS = ("fp32", "bf16")
@@ -27,9 +27,12 @@ class TrainConfig:
         seed: of the order of rows.
         precision: "fp32", or "bf16" autocast with float32 parameters and optimiser state.
 
-        optimizer: "adam_l2", L2 in the gradient as ``torch.optim.Adam(weight_decay=...)``, or "adamw",
-            decoupled decay.
+        optimizer: "adam_l2", L2 in the gradient as ``torch.optim.Adam(weight_decay=...)``, "adamw",
+            decoupled decay, or "muon" (:class:`bitnet_ext.training.muon.Muon`) for the matrices between
+            embedding and head with "adamw" for all else.
         lr, beta1, beta2, eps, weight_decay: of the optimiser.
+        muon_lr: peak learning rate of Muon's matrices, which follow the schedule of lr.
+        muon_momentum: of Muon.
         decay_norms: whether weight decay reaches norm gains and biases (all 1-D parameters).
         decay_embeddings: whether it reaches the embedding and the output head.
         lr_schedule: see :func:`bitnet_ext.training.schedules.learning_rates`.
@@ -69,6 +72,8 @@ class TrainConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
     decay_norms: bool = False
     decay_embeddings: bool = True
     lr_schedule: str = "two-stage"
@@ -115,10 +120,10 @@ class TrainConfig:
             ("final_checkpoint", ("full", "model", "none")),
         ):
             self._require(name, getattr(self, name) in accepted, f"one of {', '.join(accepted)}")
-        for name in ("lr", "weight_decay", "wd_second", "eps", "lr_final"):
+        for name in ("lr", "muon_lr", "weight_decay", "wd_second", "eps", "lr_final"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "finite and >= 0")
-        for name in ("beta1", "beta2", "label_smoothing"):
+        for name in ("beta1", "beta2", "muon_momentum", "label_smoothing"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("z_loss", "entropy_weight", "diversity_weight", "output_l2"):
             self._require(name, math.isfinite(getattr(self, name)), "finite")

@@ -1,23 +1,31 @@
-"""Adam with coupled L2 or decoupled decay, updated by one fused kernel a parameter group."""
+"""The optimiser of the Trainer: clipping, the update and the new ternary codes, in four launches on CUDA."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bitnet_ext import ops
+from bitnet_ext.ops import QuantizedWeight
 from bitnet_ext.training.config import TrainConfig
+from bitnet_ext.training.muon import Muon
 
 
 class FusedAdam:
-    """The optimiser of :class:`Trainer`: `adam_l2` or `adamw` over two groups, decayed and not.
+    """`adam_l2`, `adamw` or `muon` over all parameters at once.
 
     Learning rate, weight decay and bias corrections are read from a device tensor at every step, so a
-    captured CUDA graph follows the schedule.
+    captured CUDA graph follows the schedule. With `muon` the matrices between embedding and head go through
+    :class:`Muon`, all else through AdamW.
+
+    A gradient with NaN or Inf stops all further updates, without a word to the host: parameters and moments
+    stay those of the last good step. :meth:`first_bad_step` says when it happened and where.
 
     Args:
         model: every parameter that requires a gradient is optimised; float32.
-        config: optimizer, betas, eps, decay_norms, decay_embeddings and grad_clip are used.
+        config: optimizer, betas, eps, muon_momentum, decay_norms, decay_embeddings and grad_clip are used.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -28,9 +36,31 @@ class FusedAdam:
         for name, p in self.named.items():
             if p.dtype != torch.float32:
                 raise ValueError(f"FusedAdam: parameter {name} must be float32, got {p.dtype}")
-        self.exp_avg = {name: torch.zeros_like(p) for name, p in self.named.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.named.items()}
         self._decayed = {name: self._decays(name, p) for name, p in self.named.items()}
+        matrices = {name: p for name, p in self.named.items() if self._is_inner_matrix(name, p)}
+        self._muon = Muon(matrices, config.muon_momentum) if config.optimizer == "muon" and matrices else None
+        self._by_adam = [name for name in self.named if self._muon is None or name not in matrices]
+        self.exp_avg = {name: torch.zeros_like(self.named[name]) for name in self._by_adam}
+        self.exp_avg_sq = {name: torch.zeros_like(self.named[name]) for name in self._by_adam}
+        device = next(iter(self.named.values())).device
+        self._latch = torch.zeros(2 + len(self.named), dtype=torch.float64, device=device)
+        self._latch[0] = -1.0
+        self._no_step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._clipped: list[str] = []  # names behind the entries of the latch
+        self._row_grad: Tensor | None = (
+            None  # the sparse gradient, if there is one, of the parameter named so,
+        )
+        self._row_name: str | None = None
+        self._slots: Tensor | None = None  # where the rows of its tokens are in
+        self._sums = torch.empty(0, 0, device=device)
+        self._groups: list[list[Tensor]] = []
+        self._codes: list[QuantizedWeight] = []
+        self._ternary: list[str] = []  # names of the weights of the groups, in order
+        self._abs_sums: Tensor | None = None
+
+    @staticmethod
+    def _is_inner_matrix(name: str, p: Tensor) -> bool:
+        return p.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
 
     def _decays(self, name: str, p: nn.Parameter) -> bool:
         if p.dim() < 2:
@@ -39,50 +69,121 @@ class FusedAdam:
             return self.config.decay_embeddings
         return True
 
+    def keep_codes(self, groups: Sequence[Sequence[Tensor]], codes: Sequence[QuantizedWeight]) -> None:
+        """From now on every update also quantises these groups of parameters into these codes."""
+        names = {id(p): name for name, p in self.named.items()}
+        self._groups, self._codes = [list(group) for group in groups], list(codes)
+        self._ternary = [names[id(w)] for group in groups for w in group]
+        by_adam = self._ternary and set(self._ternary) <= set(self._by_adam)
+        self._abs_sums = ops.abs_sums_like([w for group in groups for w in group]) if by_adam else None
+
+    def refresh_codes(self) -> None:
+        """Quantises the groups of :meth:`keep_codes` from the parameters as they are."""
+        if self._groups:
+            ops.quantize_weight_groups_(self._groups, self._codes)
+
     def zero_grad(self) -> None:
         for p in self.named.values():
             p.grad = None
+        self._row_grad, self._row_name, self._slots = None, None, None
 
-    def non_finite(self) -> list[str]:
-        """Names of parameters whose gradient holds NaN or Inf."""
-        return [
-            name
-            for name, p in self.named.items()
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all())
-        ]
+    def grad_norm_and_scale(self, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Global gradient norm and the factor that clips it to grad_clip, float32 [] each, without a sync.
 
-    def grad_norm_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Global gradient norm and the factor that clips it to grad_clip, float32 [] each, without a sync."""
-        grads = [p.grad for p in self.named.values() if p.grad is not None]
-        norm = ops.sum_of_squares(grads).sqrt().float()
-        if self.config.grad_clip is None:
-            return norm, torch.ones_like(norm)
-        # As torch.nn.utils.clip_grad_norm_.
-        return norm, (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        The factor is NaN from the first step on whose norm is not finite; `step` int64 [1] is the step's number.
+        """
+        grads = self._gradients()
+        self._clipped = list(grads)
+        return ops.clip_gradients_(
+            list(grads.values()),
+            self._no_step if step is None else step,
+            self.config.grad_clip,
+            self._latch[: 2 + len(grads)],
+        )
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """The gradients there are; of a sparse one the rows, with `_row_name` and `_slots` to go with them."""
+        grads = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+        by_rows = [name for name, grad in grads.items() if grad.is_sparse]
+        if len(by_rows) > 1:
+            raise ValueError(
+                f"FusedAdam: at most one gradient may be sparse, got those of {', '.join(by_rows)}"
+            )
+        if not by_rows:
+            self._row_name, self._slots = None, None
+        elif self._row_grad is not grads[by_rows[0]]:
+            self._row_grad, self._row_name = grads[by_rows[0]], by_rows[0]
+            ids, rows = self._row_grad._indices()[0], self._row_grad._values()
+            self._sums, self._slots = ops.sum_rows(ids, rows, self.named[self._row_name].shape[0])
+        if self._row_name is not None:
+            grads[self._row_name] = self._sums
+        return grads
+
+    def first_bad_step(self) -> tuple[int, list[str]] | None:
+        """The number of the first step whose gradient norm was not finite, and the parameters whose gradient
+        held NaN or Inf. Waits for the device."""
+        latch = self._latch.cpu()
+        if not latch[0] >= 0:
+            return None
+        finite = torch.isfinite(latch[2 : 2 + len(self._clipped)]).tolist()
+        return int(latch[0]), [name for name, good in zip(self._clipped, finite, strict=True) if not good]
+
+    def forget_bad_step(self) -> None:
+        """Lets updates happen again after a gradient that was not finite."""
+        self._latch[0] = -1.0
 
     def step(self, hyper: Tensor, grad_scale: Tensor) -> None:
-        """One update; `hyper` float32 [4] as in :func:`bitnet_ext.ops.adam_step_`."""
-        for decay in (True, False):
-            names = [n for n, p in self.named.items() if self._decayed[n] == decay and p.grad is not None]
-            if names:
-                ops.adam_step_(
-                    [self.named[n].detach() for n in names],
-                    [self.named[n].grad for n in names],  # type: ignore[misc]
-                    [self.exp_avg[n] for n in names],
-                    [self.exp_avg_sq[n] for n in names],
-                    hyper,
-                    grad_scale,
-                    beta1=self.config.beta1,
-                    beta2=self.config.beta2,
-                    eps=self.config.eps,
-                    decoupled=self.config.optimizer == "adamw",
-                    decay=decay,
-                )
+        """One update, and the new codes.
+
+        Gradients may be dense, and one of them sparse in its rows, as of an ``nn.Embedding(sparse=True)``.
+
+        Args:
+            hyper: float32 [5], a row of :func:`bitnet_ext.training.schedules.hyper_table`; with Adam the first
+                four suffice.
+            grad_scale: of :meth:`grad_norm_and_scale`.
+        """
+        if self._muon is not None:
+            self._muon.step(hyper[4], hyper[1], grad_scale)
+        sums = self._abs_sums
+        grads = self._gradients()
+        if not grads.keys() >= set(self._ternary):
+            sums = None  # not every weight goes through the update
+        # Ternary weights in the order of their groups, first: their blocks are the longest.
+        first = [] if sums is None else self._ternary
+        rest = [name for name in self._by_adam if name not in set(first)]
+        names = [name for name in [*first, *rest] if name in grads]
+        if names:
+            ops.adam_step_(
+                [self.named[name].detach() for name in names],
+                [grads[name] for name in names],
+                [self.exp_avg[name] for name in names],
+                [self.exp_avg_sq[name] for name in names],
+                hyper[:4],
+                grad_scale,
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
+                eps=self.config.eps,
+                decoupled=self.config.optimizer != "adam_l2",
+                decay=[self._decayed[name] for name in names],
+                ternary=[i < len(first) for i in range(len(names))],
+                abs_sums=sums,
+                slots=self._slots,
+                row_param=-1 if self._row_name is None else names.index(self._row_name),
+            )
+        if self._groups:
+            ops.quantize_weight_groups_(self._groups, self._codes, sums)
+
+    def mark_changed(self) -> None:
+        """Counts an update in the tensors' version counters, which a replayed graph does not do."""
+        torch.autograd.graph.increment_version([*self.named.values(), *self.state().values()])
 
     def state(self) -> dict[str, Tensor]:
         """The moments, by flat names, for a checkpoint."""
         moments = {f"exp_avg.{name}": value for name, value in self.exp_avg.items()}
-        return moments | {f"exp_avg_sq.{name}": value for name, value in self.exp_avg_sq.items()}
+        moments |= {f"exp_avg_sq.{name}": value for name, value in self.exp_avg_sq.items()}
+        if self._muon is not None:
+            moments |= {f"momentum.{name}": value for name, value in self._muon.momenta.items()}
+        return moments
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,8 +75,23 @@ def weight_decays(config: TrainConfig) -> NDArray[np.float64]:
     return np.where(t <= half, first, config.wd_second)
 
 
+def muon_learning_rates(config: TrainConfig) -> NDArray[np.float64]:
+    """:func:`learning_rates` with the peak muon_lr; a second peak keeps its ratio to the first."""
+    second = config.lr_second
+    if second is not None and config.lr > 0:
+        second *= config.muon_lr / config.lr
+    return learning_rates(dataclasses.replace(config, lr=config.muon_lr, lr_second=second))
+
+
 def hyper_table(config: TrainConfig) -> NDArray[np.float32]:
-    """What the optimiser kernel reads at each step: [steps, 4] of lr, weight_decay, 1 - beta1^t, 1 - beta2^t."""
+    """What the optimiser reads at each step: [steps, 5] of lr, weight_decay, 1 - beta1^t, 1 - beta2^t and Muon's
+    lr."""
     t = np.arange(1, config.steps + 1, dtype=np.float64)
-    columns = (learning_rates(config), weight_decays(config), 1 - config.beta1**t, 1 - config.beta2**t)
+    columns = (
+        learning_rates(config),
+        weight_decays(config),
+        1 - config.beta1**t,
+        1 - config.beta2**t,
+        muon_learning_rates(config),
+    )
     return np.stack(columns, axis=1).astype(np.float32)

@@ -195,11 +195,18 @@ class Trainer:
         try:
             records = runner.run(start, rows).tolist()
         except NonFiniteGradientError as error:
-            raise self._diverged(start + 1, str(error)) from error
+            self._take(start, error.records.tolist())
+            raise self._diverged(error.step, str(error)) from error
         except RuntimeError as error:
             if "holds NaN or Inf" in str(error):
                 raise self._diverged(start + 1, str(error)) from error
             raise
+        record = self._take(start, records)
+        self.step = stop
+        return record
+
+    def _take(self, start: int, records: list[list[float]]) -> dict[str, Any]:
+        """Adds the records of the steps after `start` to the sums and the log; returns the last one."""
         record: dict[str, Any] = {}
         for offset, values in enumerate(records):
             step = start + 1 + offset
@@ -212,7 +219,6 @@ class Trainer:
             if self._log is not None and (step % self.config.log_interval == 0 or step == 1):
                 self._log.write("train", record)
             self._last_record = record
-        self.step = stop
         return record
 
     def _diverged(self, step: int, reason: str) -> TrainingDivergedError:
@@ -296,7 +302,8 @@ class Trainer:
         if path is None:
             return 0
         checkpoint = read_checkpoint(path)
-        saved = checkpoint.state["train_config"]
+        # A checkpoint from before a field existed was written with its default.
+        saved = TrainConfig().to_dict() | checkpoint.state["train_config"]
         for name, value in self.config.to_dict().items():
             if name not in _FREE_ON_RESUME and saved.get(name) != value:
                 raise ValueError(

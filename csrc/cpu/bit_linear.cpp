@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <string>
+
 #include "cpu/operators.h"
 
 namespace bitnet_ext::cpu {
@@ -9,26 +11,23 @@ namespace {
 
 using torch::stable::parallel_for;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(
-    const Tensor& x,
-    const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& norm_weight,
-    double norm_eps,
-    bool normalize,
-    ScalarType out_dtype) {
+// (y, x_i8, act_scale, rstd)
+std::tuple<Tensor, Tensor, Tensor, Tensor> bit_linear(const Tensor& x,
+                                                      const std::vector<Tensor>& weights,
+                                                      const Tensor& packed,
+                                                      const Tensor& weight_scale,
+                                                      const std::optional<Tensor>& bias,
+                                                      const std::optional<Tensor>& norm_weight,
+                                                      double norm_eps,
+                                                      bool normalize,
+                                                      ScalarType out_dtype,
+                                                      std::string backward) {
   const char* op = "bit_linear";
   check_input(op, "x", x);
-  check_input(op, "weight", weight);
-  check_matrix(op, "weight", weight);
   const Rows rows = check_rows(op, "x", x);
-  if (rows.K != weight.size(1)) {
-    fail(
-        op, "x must have K = ", weight.size(1), " like weight ", shape_text(weight), "; got ", shape_text(x));
-  }
+  const std::vector<int64_t> segments = check_stack(op, weights, rows.K);
   if (norm_weight && !normalize) fail(op, "norm_weight must be absent when normalize is false; got a tensor");
-  optional_vector(op, "bias", bias, weight.size(0));
-  check_out_dtype(op, "out_dtype", out_dtype);
+  check_backward(op, backward);
 
   Tensor x_i8, act_scale, rstd;
   if (normalize) {
@@ -37,9 +36,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(
     std::tie(x_i8, act_scale) = quantize_act(op, x);
     rstd = new_tensor({0}, ScalarType::Float);
   }
-  auto [packed, weight_scale] = quantize_and_pack(op, weight);
-  Tensor y = scaled_product(op, x_i8, act_scale, packed, weight_scale, bias, {}, out_dtype);
-  return {y, x_i8, act_scale, rstd, packed, weight_scale};
+  Tensor y = scaled_product(op, x_i8, act_scale, packed, weight_scale, bias, segments, out_dtype);
+  return {y, x_i8, act_scale, rstd};
 }
 
 // grad_gain is summed over blocks of rows, each in row order, and the blocks in order: the blocks depend on M

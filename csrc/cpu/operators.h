@@ -38,6 +38,11 @@ inline int64_t grain_for(int64_t item_bytes) {
   return std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, item_bytes));
 }
 
+// How many fp64 sums of |w| a weight of `count` elements has.
+constexpr int64_t abs_sums_of(int64_t count) {
+  return (count + kSumBlock - 1) / kSumBlock;
+}
+
 // A floating-point CPU tensor that the kernels can read in place.
 inline void check_input(const char* op, const char* arg, const Tensor& t) {
   check_cpu(op, arg, t);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <limits>
 
 #include "cpu/operators.h"
 
@@ -14,6 +15,7 @@ namespace {
 using torch::stable::parallel_for;
 
 constexpr int64_t kChunk = 16384;  // elements
+static_assert(kChunk % kSumBlock == 0, "the sums of |w| of a chunk are its own");
 
 struct Chunk {
   size_t tensor;
@@ -34,9 +36,9 @@ std::string item(const char* arg, size_t i) {
   return std::string(arg) + "[" + std::to_string(i) + "]";
 }
 
-Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
-  const char* op = "sum_of_squares";
-  for (size_t i = 0; i < tensors.size(); ++i) check_input(op, item("tensors", i).c_str(), tensors[i]);
+// The sum of the squares of each tensor, its chunks added in order.
+std::vector<double> square_sums(const char* op, const char* arg, const std::vector<Tensor>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) check_input(op, item(arg, i).c_str(), tensors[i]);
   const Kernels& table = kernels();
   const std::vector<Chunk> chunks = chunks_of(tensors);
   std::vector<double> sums(chunks.size());
@@ -52,30 +54,116 @@ Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
                                    chunk.count);
         }
       });
-  Tensor result = new_tensor({}, ScalarType::Double);
+  std::vector<double> of_tensors(tensors.size());
+  for (size_t c = 0; c < chunks.size(); ++c) of_tensors[chunks[c].tensor] += sums[c];
+  return of_tensors;
+}
+
+Tensor scalar(ScalarType dtype) {
+  return new_tensor({}, dtype);
+}
+
+Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
   double total = 0.0;
-  for (const double sum : sums) total += sum;
+  for (const double sum : square_sums("sum_of_squares", "tensors", tensors)) total += sum;
+  Tensor result = scalar(ScalarType::Double);
   *static_cast<double*>(result.mutable_data_ptr()) = total;
   return result;
 }
 
-// The data pointers of a list that has to match params.
+std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
+                                           const Tensor& step,
+                                           double max_norm,
+                                           const Tensor& latch) {
+  const char* op = "clip_gradients_";
+  if (grads.empty()) fail(op, "grads must hold at least one tensor; got an empty list");
+  check_input(op, "step", step, ScalarType::Long);
+  check_numel(op, "step", step, 1);
+  check_input(op, "latch", latch, ScalarType::Double);
+  check_vector(op, "latch", latch, 2 + static_cast<int64_t>(grads.size()));
+  const std::vector<double> sums = square_sums(op, "grads", grads);
+  double total = 0.0;
+  for (const double sum : sums) total += sum;
+  const float norm = static_cast<float>(std::sqrt(total));
+  auto* latched = static_cast<double*>(latch.mutable_data_ptr());
+  if (!std::isfinite(norm) && !(latched[0] >= 0.0)) {
+    latched[0] = static_cast<double>(*static_cast<const int64_t*>(step.const_data_ptr()));
+    std::copy(sums.begin(), sums.end(), latched + 2);
+  }
+  // As torch.nn.utils.clip_grad_norm_: the reciprocal is rounded first.
+  const float scale = std::min(1.0f / (norm + 1e-6f) * static_cast<float>(max_norm), 1.0f);
+  Tensor norm_out = scalar(ScalarType::Float), scale_out = scalar(ScalarType::Float);
+  *static_cast<float*>(norm_out.mutable_data_ptr()) = norm;
+  *static_cast<float*>(scale_out.mutable_data_ptr()) =
+      latched[0] >= 0.0 ? std::numeric_limits<float>::quiet_NaN() : scale;
+  return {norm_out, scale_out};
+}
+
+// rows[t] added to the first row of the same id; the others become 0. slots as in csrc/ops.cpp.
+std::tuple<Tensor, Tensor> sum_rows(const Tensor& ids, const Tensor& rows, int64_t V) {
+  const char* op = "sum_rows";
+  check_input(op, "ids", ids, ScalarType::Long);
+  check_input(op, "rows", rows, ScalarType::Float);
+  check_rows_of_ids(op, ids, rows, V);
+  const int64_t T = rows.size(0), H = rows.size(1);
+  Tensor sums = new_tensor({T, H}, ScalarType::Float);
+  Tensor slots = new_tensor({V}, ScalarType::Int);
+  const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  const auto* in = static_cast<const float*>(rows.const_data_ptr());
+  auto* out = static_cast<float*>(sums.mutable_data_ptr());
+  auto* slot = static_cast<int32_t*>(slots.mutable_data_ptr());
+  std::fill(slot, slot + V, -1);
+  for (int64_t t = 0; t < T; ++t) {
+    if (id[t] < 0 || id[t] >= V) fail(op, "ids must be in 0..", V - 1, "; got ", id[t]);
+    float* own = out + t * H;
+    if (slot[id[t]] < 0) {
+      slot[id[t]] = static_cast<int32_t>(t);
+      std::copy(in + t * H, in + (t + 1) * H, own);
+    } else {
+      float* first = out + slot[id[t]] * H;
+      for (int64_t k = 0; k < H; ++k) first[k] += in[t * H + k];
+      std::fill(own, own + H, 0.0f);
+    }
+  }
+  return {sums, slots};
+}
+
+// The data pointers of a list that has to match params; but `row_param` may have fewer rows.
 std::vector<float*> matching_data(const char* op,
                                   const char* arg,
                                   const std::vector<Tensor>& list,
-                                  const std::vector<Tensor>& params) {
-  if (list.size() != params.size()) {
-    fail(op, arg, " must hold as many tensors as params, ", params.size(), "; got ", list.size());
-  }
+                                  const std::vector<Tensor>& params,
+                                  int64_t row_param = -1) {
+  check_length(op, arg, list.size(), params.size());
   std::vector<float*> data;
   for (size_t i = 0; i < list.size(); ++i) {
     const std::string name = item(arg, i);
     check_input(op, name.c_str(), list[i], ScalarType::Float);
-    check_same_shape(op, name.c_str(), list[i], item("params", i).c_str(), params[i]);
+    if (static_cast<int64_t>(i) != row_param)
+      check_same_shape(op, name.c_str(), list[i], item("params", i).c_str(), params[i]);
     data.push_back(static_cast<float*>(list[i].mutable_data_ptr()));
   }
   return data;
 }
+
+// A gradient [V, H] of which only some rows are not 0.
+struct RowGradient {
+  const int32_t* slots = nullptr;  // [V]: the row of `rows`, or -1
+  const float* rows = nullptr;     // [T, H]
+  int64_t H = 0;
+  std::vector<float> zeros;  // [H]
+
+  // Calls f(place, gradient, length) for the pieces of rows that make up [start, start + count).
+  template <typename F>
+  void each(int64_t start, int64_t count, const F& f) const {
+    for (int64_t place = start; place < start + count;) {
+      const int64_t row = place / H, column = place % H;
+      const int64_t length = std::min(H - column, start + count - place);
+      f(place, (slots[row] < 0 ? zeros.data() : rows + slots[row] * H) + column, length);
+      place += length;
+    }
+  }
+};
 
 void adam_step_(const std::vector<Tensor>& params,
                 const std::vector<Tensor>& grads,
@@ -83,20 +171,48 @@ void adam_step_(const std::vector<Tensor>& params,
                 const std::vector<Tensor>& exp_avg_sq,
                 const Tensor& hyper,
                 const Tensor& grad_scale,
+                const std::vector<int64_t>& decay,
+                const std::vector<int64_t>& ternary,
+                const std::optional<Tensor>& abs_sums,
+                const std::optional<Tensor>& slots,
+                int64_t row_param,
                 double beta1,
                 double beta2,
                 double eps,
-                bool decoupled,
-                bool decay) {
+                bool decoupled) {
   const char* op = "adam_step_";
   const std::vector<float*> p = matching_data(op, "params", params, params);
-  const std::vector<float*> g = matching_data(op, "grads", grads, params);
+  const std::vector<float*> g = matching_data(op, "grads", grads, params, row_param);
   const std::vector<float*> m = matching_data(op, "exp_avg", exp_avg, params);
   const std::vector<float*> v = matching_data(op, "exp_avg_sq", exp_avg_sq, params);
   check_input(op, "hyper", hyper, ScalarType::Float);
   check_vector(op, "hyper", hyper, 4);
   check_input(op, "grad_scale", grad_scale, ScalarType::Float);
   check_numel(op, "grad_scale", grad_scale, 1);
+  check_length(op, "decay", decay.size(), params.size());
+  check_length(op, "ternary", ternary.size(), params.size());
+  std::vector<int64_t> first_sum(params.size());
+  int64_t num_sums = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    first_sum[i] = num_sums;
+    if (ternary[i]) num_sums += abs_sums_of(params[i].numel());
+  }
+  double* sums = nullptr;
+  if (abs_sums.has_value()) {
+    check_input(op, "abs_sums", *abs_sums, ScalarType::Double);
+    sums = static_cast<double*>(abs_sums->mutable_data_ptr());
+  }
+  check_abs_sums(op, abs_sums, num_sums);
+  check_row_param(op, params, grads, slots, row_param);
+  RowGradient row_gradient;
+  if (slots.has_value()) {
+    check_input(op, "slots", *slots, ScalarType::Int);
+    const size_t i = static_cast<size_t>(row_param);
+    row_gradient = {static_cast<const int32_t*>(slots->const_data_ptr()),
+                    g[i],
+                    params[i].size(1),
+                    std::vector<float>(static_cast<size_t>(params[i].size(1)))};
+  }
   const auto* h = static_cast<const float*>(hyper.const_data_ptr());
   const float lr = h[0], weight_decay = h[1], bias1 = h[2], bias2 = h[3];
   if (!(bias1 > 0.0f && bias2 > 0.0f)) {
@@ -118,8 +234,10 @@ void adam_step_(const std::vector<Tensor>& params,
   step.step_size = lr / bias1;
   step.inv_sqrt_bias = static_cast<float>(1.0 / std::sqrt(static_cast<double>(bias2)));
   step.eps = static_cast<float>(eps);
-  step.has_l2 = decay && !decoupled;
-  step.has_shrink = decay && decoupled;
+  AdamStep decayed = step;
+  decayed.has_l2 = !decoupled;
+  decayed.has_shrink = decoupled;
+  const bool skip = std::isnan(step.grad_scale);  // clip_gradients_ says: no step
 
   const Kernels& table = kernels();
   const std::vector<Chunk> chunks = chunks_of(params);
@@ -127,7 +245,17 @@ void adam_step_(const std::vector<Tensor>& params,
       0, static_cast<int64_t>(chunks.size()), grain_for(kChunk * 28), [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
           const auto [i, start, count] = chunks[static_cast<size_t>(c)];
-          table.adam(p[i] + start, g[i] + start, m[i] + start, v[i] + start, count, step);
+          const AdamStep& how = decay[i] ? decayed : step;
+          if (!skip && static_cast<int64_t>(i) == row_param) {
+            row_gradient.each(start, count, [&](int64_t place, const float* grad, int64_t length) {
+              table.adam(p[i] + place, grad, m[i] + place, v[i] + place, length, how);
+            });
+          } else if (!skip) {
+            table.adam(p[i] + start, g[i] + start, m[i] + start, v[i] + start, count, how);
+          }
+          if (ternary[i]) {  // while the chunk is in the cache
+            table.abs_sums(p[i] + start, Dtype::kFloat32, count, sums + first_sum[i] + start / kSumBlock);
+          }
         }
       });
 }
@@ -136,6 +264,8 @@ void adam_step_(const std::vector<Tensor>& params,
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CPU, m) {
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));
+  m.impl("clip_gradients_", TORCH_BOX(&clip_gradients_));
+  m.impl("sum_rows", TORCH_BOX(&sum_rows));
   m.impl("adam_step_", TORCH_BOX(&adam_step_));
 }
 

@@ -8,18 +8,15 @@
 // launch; no atomics, so the scale is the same bits every time. Bound by memory: the weight is read twice,
 // the second time partly from L2.
 //
-// Prepacked (csrc/prepacked.h): a warp makes one block of 16 x 128. The four values of a register lie in a
-// row of the matrix, so a lane loads 16 times four of them (fp32: 16 bytes, 8 rows x 64 bytes an instruction)
-// and stores one vector of 16 bytes, a warp 512 bytes in a row. These writes end with __threadfence(),
-// because a product launched as a dependent kernel may read the weights as soon as the blocks of this one
-// have ended.
+// Prepacked (csrc/prepacked.h): a warp makes one block of 16 x 128 (common/ternary_weight.cuh); a lane stores
+// one vector of 16 bytes, a warp 512 bytes in a row. These writes end with __threadfence(), because a product
+// launched as a dependent kernel may read the weights as soon as the blocks of this one have ended.
 //
-// rint(w / s) = 1 exactly when w / s > 0.5 (a tie rounds to the even 0), and w > 0.5f * s is the same
-// condition in fp32 because halving is exact; so no division is needed. A NaN or Inf in the weight makes s
-// NaN.
+// A NaN or Inf in the weight makes s NaN.
 #include "cuda/common/dispatch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/row_tiling.cuh"
+#include "cuda/common/ternary_weight.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/quantize_weight.h"
 #include "packing.h"
@@ -28,7 +25,8 @@
 namespace bitnet_ext::cuda {
 namespace {
 
-constexpr int kThreads = RowTiling::kThreads;
+constexpr int kThreads = kWeightThreads;
+static_assert(kThreads == RowTiling::kThreads, "codes are tiled by it");
 // Blocks of the second pass: enough to fill any GPU, few enough that adding up the partials stays small.
 constexpr uint32_t kMaxBlocks = 2048;
 constexpr uint32_t kWarps = kThreads / kLanes;
@@ -41,23 +39,9 @@ __global__ void __launch_bounds__(kThreads)
                             int64_t numel,
                             int64_t run,  // elements of a partial sum, a multiple of kVec
                             double* __restrict__ partials) {
-  constexpr int kVec = 16 / static_cast<int>(sizeof(scalar_t));
   __shared__ double scratch[kThreads / 32];
   const int64_t begin = blockIdx.x * run;
-  const int64_t end = min(begin + run, numel);
-  const bool aligned = is_aligned(weight, 16);
-
-  double sums[kVec] = {};
-#pragma unroll 4
-  for (int64_t k = begin + threadIdx.x * kVec; k < end; k += kThreads * kVec) {
-    float values[kVec];
-    load_floats(weight + k, end - k, aligned, values);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) sums[i] += static_cast<double>(fabsf(values[i]));
-  }
-#pragma unroll
-  for (int i = 1; i < kVec; ++i) sums[0] += sums[i];
-  const double sum = block_sum<kThreads>(sums[0], scratch);
+  const double sum = abs_partial(weight, begin, min(begin + run, numel), is_aligned(weight, 16), scratch);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
@@ -65,18 +49,9 @@ __global__ void __launch_bounds__(kThreads)
 // Block 0 writes the scale.
 __device__ __forceinline__ float half_scale(
     const double* partials, int num_partials, int64_t N, int64_t K, double* scratch, float* weight_scale) {
-  double sum = 0.0;
-  for (int i = threadIdx.x; i < num_partials; i += kThreads) sum += partials[i];
-  sum = block_sum<kThreads>(sum, scratch);
-  const float mean = static_cast<float>(sum / (static_cast<double>(N) * static_cast<double>(K)));
-  float scale = mean < 1e-5f ? 1e-5f : mean;               // keeps a NaN
-  if (isinf(scale)) scale = __uint_as_float(0x7fffffffu);  // a weight of Inf is an error too
+  const float scale = absmean_scale(partials, num_partials, N, K, scratch);
   if (blockIdx.x == 0 && threadIdx.x == 0) *weight_scale = scale;
   return __fmul_rn(0.5f, scale);
-}
-
-__device__ __forceinline__ int code_of(float value, float half) {
-  return static_cast<int>(value > half) - static_cast<int>(value < -half);
 }
 
 // One unit is four weights: one packed byte, or four int8 codes.
@@ -102,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const scalar_
     load_floats(weight + offset, valid, is_aligned(weight + offset, kLoadBytes), values);
     int codes[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) codes[i] = code_of(values[i], half);
+    for (int i = 0; i < 4; ++i) codes[i] = ternary_code(values[i], half);
     if constexpr (kPack) {
       // Places beyond K were read as 0 and become code 0, as the layout demands.
       const int byte = (codes[0] + 1) | (codes[1] + 1) << 2 | (codes[2] + 1) << 4 | (codes[3] + 1) << 6;
@@ -135,48 +110,8 @@ __global__ void __launch_bounds__(kThreads, kPrepackBlocksPerSm)
        block += gridDim.x * kWarps) {
     const int64_t first_row = static_cast<int64_t>(block / blocks_wide) * kBlockRows;
     const int64_t first_col = static_cast<int64_t>(block % blocks_wide) * kBlockCols;
-    const auto load = [&](int step, int j, bool whole, float(&values)[4]) {
-      const int64_t row = first_row + lane / 4 + 8 * (j % 2);
-      const int64_t col = first_col + 32 * step + 16 * (j / 2) + lane % 4 * 4;
-      // Rows beyond N and columns beyond K are read as 0 and become code 0, as the layout demands.
-      load_floats(weight + row * K + col, whole ? 4 : row < N ? K - col : 0, whole, values);
-    };
-    // The pairs of register j, which has the top bits of each byte for j = 0.
-    const auto pairs = [&](int j, const float(&values)[4]) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        word |= (static_cast<uint32_t>(code_of(values[i], half)) & 3u) << (8 * i + 6 - 2 * j);
-      }
-      return word;
-    };
-    uint32_t words[kStepsPerBlock] = {};
-    if (vectors && first_row + kBlockRows <= N && first_col + kBlockCols <= K) {
-      // All loads before the first use: a small matrix waits for memory once, not once a step.
-      float values[kStepsPerBlock][4][4];
-#pragma unroll
-      for (int s = 0; s < kStepsPerBlock; ++s) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) load(s, j, true, values[s][j]);
-      }
-#pragma unroll
-      for (int s = 0; s < kStepsPerBlock; ++s) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) words[s] |= pairs(j, values[s][j]);
-      }
-    } else {
-#pragma unroll
-      for (int s = 0; s < kStepsPerBlock; ++s) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float values[4];
-          load(s, j, false, values);
-          words[s] |= pairs(j, values);
-        }
-      }
-    }
     prepacked[static_cast<int64_t>(block) * kLanes + lane] =
-        make_uint4(words[0], words[1], words[2], words[3]);
+        prepack_block(weight, N, K, first_row, first_col, vectors, half);
   }
   __threadfence();
 }
@@ -186,7 +121,7 @@ cudaError_t launch(const QuantizeWeightArgs& args, cudaStream_t stream) {
   const scalar_t* weight = static_cast<const scalar_t*>(args.weight);
   const int64_t numel = args.N * args.K;
   const int64_t num_partials = absmean_partials(numel);
-  const int64_t run = ceil_div(ceil_div(numel, num_partials), 8) * 8;
+  const int64_t run = absmean_run(numel);
   const RowTiling tiling = make_row_tiling(args.N, packed_bytes(args.K));
   const int64_t num_blocks = block_rows(args.N) * block_cols(args.K);
   if (tiling.num_tiles == 0 || num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

@@ -30,6 +30,13 @@ constexpr int64_t absmean_partials(int64_t numel) {
   return wanted < kMaxPartials ? wanted : kMaxPartials;
 }
 
+// Elements of each of these sums but the last.
+constexpr int64_t absmean_run(int64_t numel) {
+  const int64_t partials = absmean_partials(numel);
+  const int64_t wanted = (numel + partials - 1) / partials;
+  return (wanted + 7) / 8 * 8;
+}
+
 cudaError_t launch_quantize_weight(const QuantizeWeightArgs& args, cudaStream_t stream);
 
 }  // namespace bitnet_ext::cuda

@@ -1,7 +1,9 @@
 // The training product and the backward of its norm.
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -12,37 +14,33 @@
 namespace bitnet_ext::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(
-    const Tensor& x,
-    const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& norm_weight,
-    double norm_eps,
-    bool normalize,
-    ScalarType out_dtype) {
+// (y, x_i8, act_scale, rstd)
+std::tuple<Tensor, Tensor, Tensor, Tensor> bit_linear(const Tensor& x,
+                                                      const std::vector<Tensor>& weights,
+                                                      const Tensor& packed,
+                                                      const Tensor& weight_scale,
+                                                      const std::optional<Tensor>& bias,
+                                                      const std::optional<Tensor>& norm_weight,
+                                                      double norm_eps,
+                                                      bool normalize,
+                                                      ScalarType out_dtype,
+                                                      std::string backward) {
   const LaunchContext context("bit_linear", x);
   // What the parts would report about their own inputs is checked here in terms of this operator's.
-  check_matrix(context.op(), "weight", weight);
   const Rows rows = check_rows(context.op(), "x", x);
-  if (rows.K != weight.size(1)) {
-    fail(context.op(),
-         "x must have K = ",
-         weight.size(1),
-         " like weight ",
-         shape_text(weight),
-         "; got ",
-         shape_text(x));
-  }
+  const std::vector<int64_t> segments = check_stack(context.op(), weights, rows.K);
+  const int64_t N = std::accumulate(segments.begin(), segments.end(), int64_t{0});
   if (norm_weight.has_value() && !normalize) {
     fail(context.op(), "norm_weight must be absent when normalize is false; got a tensor");
   }
-  context.optional_vector("bias", bias, weight.size(0));
+  context.optional_vector("bias", bias, N);
   check_out_dtype(context.op(), "out_dtype", out_dtype);
+  check_backward(context.op(), backward);
   auto [x_i8, act_scale, rstd] = quantize_rows(context, x, normalize, "norm_weight", norm_weight, norm_eps);
-  auto [prepacked, weight_scale] = quantize_weight(context, weight, WeightForm::kPrepacked);
-  Tensor y = scaled_product(
-      context, x_i8, act_scale, prepacked, weight.size(0), weight_scale, bias, {}, out_dtype, false);
-  return {y, x_i8, act_scale, rstd, prepacked, weight_scale};
+  // The kernel in front of the product is the quantiser of x, which does not write the weights.
+  Tensor y =
+      scaled_product(context, x_i8, act_scale, packed, N, weight_scale, bias, segments, out_dtype, true);
+  return {y, x_i8, act_scale, rstd};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y,

@@ -1,11 +1,15 @@
-// Operators of the optimiser: the gradient norm and Adam, all tensors in one call.
+// Operators of the optimiser: the gradient norm, clipping and Adam, all tensors in one call.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda/adam.h"
+#include "cuda/grad_norm.h"
 #include "cuda/launch_context.h"
+#include "cuda/row_gradient.h"
 
 namespace bitnet_ext::cuda {
 namespace {
@@ -14,56 +18,125 @@ std::string item(const char* arg, size_t i) {
   return std::string(arg) + "[" + std::to_string(i) + "]";
 }
 
-Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
-  if (tensors.empty()) fail("sum_of_squares", "tensors must hold at least one tensor; got an empty list");
-  const LaunchContext context("sum_of_squares", tensors[0]);
+// Partial sums of the squares of tensors, those of each in a row.
+struct SquareSums {
+  Tensor partials;              // float64
+  std::vector<int64_t> counts;  // of each tensor
+};
+
+SquareSums square_sums(const LaunchContext& context, const char* arg, const std::vector<Tensor>& tensors) {
+  SquareSums sums;
   int64_t blocks = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    context.check_float_input(item("tensors", i).c_str(), tensors[i]);
-    blocks += blocks_of(tensors[i].numel());
+    context.check_float_input(item(arg, i).c_str(), tensors[i]);
+    sums.counts.push_back(square_partials(tensors[i].numel()));
+    blocks += sums.counts.back();
   }
-  Tensor partials = context.new_tensor({blocks}, ScalarType::Double);
-  Tensor total = context.new_tensor({}, ScalarType::Double);
-  double* next = data<double>(partials);
+  sums.partials = context.new_tensor({blocks}, ScalarType::Double);
+  double* next = data<double>(sums.partials);
   SquareSumTable table = {};
   uint32_t end = 0;
   const auto flush = [&] {
-    context.check(launch_square_sums(table, next, context.stream()));
+    context.check(launch_square_sums(table, next, context.dependent_launch(), context.stream()));
     next += end;
     table.count = 0;
     end = 0;
   };
-  for (const Tensor& t : tensors) {
-    const int64_t added = blocks_of(t.numel());
-    if (added == 0) continue;
-    if (added > INT32_MAX)
-      fail(context.op(), "a tensor of ", t.numel(), " elements is too large for one launch");
-    if (table.count == SquareSumTable::kMaxTensors || end + added > INT32_MAX) flush();
-    table.data[table.count] = t.const_data_ptr();
-    table.numel[table.count] = t.numel();
-    table.dtype[table.count] = static_cast<uint8_t>(dtype_of(t.scalar_type()));
-    table.block_end[table.count++] = end += static_cast<uint32_t>(added);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (sums.counts[i] == 0) continue;
+    if (table.count == SquareSumTable::kMaxTensors) flush();
+    table.data[table.count] = tensors[i].const_data_ptr();
+    table.numel[table.count] = tensors[i].numel();
+    table.dtype[table.count] = static_cast<uint8_t>(dtype_of(tensors[i].scalar_type()));
+    table.block_end[table.count++] = end += static_cast<uint32_t>(sums.counts[i]);
   }
   flush();
-  context.check(
-      launch_add_partials(const_data<double>(partials), blocks, data<double>(total), context.stream()));
+  return sums;
+}
+
+Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
+  if (tensors.empty()) fail("sum_of_squares", "tensors must hold at least one tensor; got an empty list");
+  const LaunchContext context("sum_of_squares", tensors[0]);
+  const SquareSums sums = square_sums(context, "tensors", tensors);
+  Tensor total = context.new_tensor({}, ScalarType::Double);
+  context.check(launch_add_partials(
+      const_data<double>(sums.partials), sums.partials.numel(), data<double>(total), context.stream()));
   return total;
 }
 
-// The pointers of a list that has to match params.
+std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
+                                           const Tensor& step,
+                                           double max_norm,
+                                           const Tensor& latch) {
+  const char* op = "clip_gradients_";
+  if (grads.empty()) fail(op, "grads must hold at least one tensor; got an empty list");
+  const LaunchContext context(op, grads[0]);
+  context.check_input("step", step, ScalarType::Long);
+  check_numel(op, "step", step, 1);
+  context.check_input("latch", latch, ScalarType::Double);
+  const int64_t count = static_cast<int64_t>(grads.size());
+  check_vector(op, "latch", latch, 2 + count);
+  const SquareSums sums = square_sums(context, "grads", grads);
+  Tensor of_tensors = context.new_tensor({count}, ScalarType::Double);
+  Tensor norm = context.new_tensor({}, ScalarType::Float);
+  Tensor grad_scale = context.new_tensor({}, ScalarType::Float);
+  ClipArgs args = {};
+  args.partials = const_data<double>(sums.partials);
+  args.square_sums = data<double>(of_tensors);
+  args.tensors = count;
+  args.step = const_data<int64_t>(step);
+  args.max_norm = static_cast<float>(max_norm);
+  args.latch = data<double>(latch);
+  args.norm = data<float>(norm);
+  args.grad_scale = data<float>(grad_scale);
+  while (args.first_tensor < count) {
+    ClipTable table = {};
+    uint32_t end = 0;
+    while (table.count < ClipTable::kMaxTensors && args.first_tensor + table.count < count) {
+      end += static_cast<uint32_t>(sums.counts[static_cast<size_t>(args.first_tensor + table.count)]);
+      table.partials_end[table.count++] = end;
+    }
+    context.check(launch_clip(table, args, context.dependent_launch(), context.stream()));
+    args.first_tensor += table.count;
+    args.partials += end;
+  }
+  return {norm, grad_scale};
+}
+
+std::tuple<Tensor, Tensor> sum_rows(const Tensor& ids, const Tensor& rows, int64_t V) {
+  const LaunchContext context("sum_rows", ids);
+  context.check_input("ids", ids, ScalarType::Long);
+  context.check_input("rows", rows, ScalarType::Float);
+  check_rows_of_ids(context.op(), ids, rows, V);
+  RowGradientArgs args = {};
+  args.ids = const_data<int64_t>(ids);
+  args.rows = const_data<float>(rows);
+  args.T = rows.size(0);
+  args.H = rows.size(1);
+  args.V = V;
+  Tensor sums = context.new_tensor({args.T, args.H}, ScalarType::Float);
+  Tensor slots = context.new_tensor({V}, ScalarType::Int);
+  args.sums = data<float>(sums);
+  args.slots = data<int32_t>(slots);
+  args.aligned = args.H % 4 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
+  context.check(launch_sum_rows(args, context.stream()));
+  return {sums, slots};
+}
+
+// The pointers of a list that has to match params. `row_param`: whose entry may have fewer rows, or -1.
 std::vector<float*> matching_data(const LaunchContext& context,
                                   const char* arg,
                                   const std::vector<Tensor>& list,
-                                  const std::vector<Tensor>& params) {
-  if (list.size() != params.size()) {
-    fail(context.op(), arg, " must hold as many tensors as params, ", params.size(), "; got ", list.size());
-  }
+                                  const std::vector<Tensor>& params,
+                                  int64_t row_param = -1) {
+  check_length(context.op(), arg, list.size(), params.size());
   std::vector<float*> pointers;
   pointers.reserve(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     const std::string name = item(arg, i);
     context.check_input(name.c_str(), list[i], ScalarType::Float);
-    check_same_shape(context.op(), name.c_str(), list[i], item("params", i).c_str(), params[i]);
+    if (static_cast<int64_t>(i) != row_param)
+      check_same_shape(context.op(), name.c_str(), list[i], item("params", i).c_str(), params[i]);
     pointers.push_back(data<float>(list[i]));
   }
   return pointers;
@@ -75,22 +148,43 @@ void adam_step_(const std::vector<Tensor>& params,
                 const std::vector<Tensor>& exp_avg_sq,
                 const Tensor& hyper,
                 const Tensor& grad_scale,
+                const std::vector<int64_t>& decay,
+                const std::vector<int64_t>& ternary,
+                const std::optional<Tensor>& abs_sums,
+                const std::optional<Tensor>& slots,
+                int64_t row_param,
                 double beta1,
                 double beta2,
                 double eps,
-                bool decoupled,
-                bool decay) {
+                bool decoupled) {
   const LaunchContext context("adam_step_", hyper);
   const std::vector<float*> p = matching_data(context, "params", params, params);
-  const std::vector<float*> g = matching_data(context, "grads", grads, params);
+  const std::vector<float*> g = matching_data(context, "grads", grads, params, row_param);
   const std::vector<float*> m = matching_data(context, "exp_avg", exp_avg, params);
   const std::vector<float*> v = matching_data(context, "exp_avg_sq", exp_avg_sq, params);
   context.check_input("hyper", hyper, ScalarType::Float);
   check_vector(context.op(), "hyper", hyper, 4);
   context.check_input("grad_scale", grad_scale, ScalarType::Float);
   check_numel(context.op(), "grad_scale", grad_scale, 1);
+  check_length(context.op(), "decay", decay.size(), params.size());
+  check_length(context.op(), "ternary", ternary.size(), params.size());
+  int64_t num_sums = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (ternary[i]) num_sums += absmean_partials(params[i].numel());
+  }
 
   AdamSettings settings = {};
+  if (abs_sums.has_value()) {
+    context.check_input("abs_sums", *abs_sums, ScalarType::Double);
+    settings.abs_sums = data<double>(*abs_sums);
+  }
+  check_abs_sums(context.op(), abs_sums, num_sums);
+  check_row_param(context.op(), params, grads, slots, row_param);
+  if (slots.has_value()) {
+    context.check_input("slots", *slots, ScalarType::Int);
+    settings.slots = const_data<int32_t>(*slots);
+    settings.row_width = static_cast<uint32_t>(params[static_cast<size_t>(row_param)].size(1));
+  }
   settings.hyper = const_data<float>(hyper);
   settings.grad_scale = const_data<float>(grad_scale);
   settings.beta1 = static_cast<float>(beta1);
@@ -99,19 +193,21 @@ void adam_step_(const std::vector<Tensor>& params,
   settings.one_minus_beta2 = static_cast<float>(1.0 - beta2);
   settings.eps = static_cast<float>(eps);
   settings.decoupled = decoupled;
-  settings.decay = decay;
   AdamTable table = {};
-  uint32_t end = 0;
+  uint32_t end = 0, sums = 0;
   const auto flush = [&] {
-    context.check(launch_adam_step(table, settings, context.stream()));
+    context.check(launch_adam_step(table, settings, context.dependent_launch(), context.stream()));
     table.count = 0;
     end = 0;
   };
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t numel = params[i].numel();
-    const int64_t added = blocks_of(numel);
+    const bool wants_sums = ternary[i] != 0;
+    const int64_t added = adam_blocks(numel, wants_sums);
     if (added == 0) continue;
-    if (added > INT32_MAX) fail(context.op(), "a tensor of ", numel, " elements is too large for one launch");
+    if (added > INT32_MAX || adam_run(numel, wants_sums) > UINT32_MAX) {
+      fail(context.op(), "a tensor of ", numel, " elements is too large for one launch");
+    }
     if (table.count == AdamTable::kMaxTensors || end + added > INT32_MAX) flush();
     const auto bits = reinterpret_cast<uintptr_t>(p[i]) | reinterpret_cast<uintptr_t>(g[i]) |
                       reinterpret_cast<uintptr_t>(m[i]) | reinterpret_cast<uintptr_t>(v[i]);
@@ -120,8 +216,13 @@ void adam_step_(const std::vector<Tensor>& params,
     table.exp_avg[table.count] = m[i];
     table.exp_avg_sq[table.count] = v[i];
     table.numel[table.count] = numel;
-    table.aligned[table.count] = bits % 16 == 0;
+    table.run[table.count] = static_cast<uint32_t>(adam_run(numel, wants_sums));
+    table.first_sum[table.count] = sums;
+    table.flags[table.count] =
+        static_cast<uint8_t>((bits % 16 == 0 ? AdamTable::kAligned : 0) | (decay[i] ? AdamTable::kDecay : 0) |
+                             (wants_sums ? AdamTable::kTernary : 0));
     table.block_end[table.count++] = end += static_cast<uint32_t>(added);
+    if (wants_sums) sums += static_cast<uint32_t>(added);
   }
   flush();
 }
@@ -130,6 +231,8 @@ void adam_step_(const std::vector<Tensor>& params,
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CUDA, m) {
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));
+  m.impl("clip_gradients_", TORCH_BOX(&clip_gradients_));
+  m.impl("sum_rows", TORCH_BOX(&sum_rows));
   m.impl("adam_step_", TORCH_BOX(&adam_step_));
 }
 

@@ -1,0 +1,148 @@
+"""Autograd formulas of the operators declared in csrc/ops.cpp.
+
+A ternary layer is trained straight through (Bengio et al., arXiv 1308.3432): the gradient passes unchanged through
+both quantisers, whose scales are constants, so with ``y = x_q W_q^T`` it is ``dL/dx_q = g W_q`` and
+``dL/dW = g^T x_q``. Both products are computed by a function of the signature of :func:`exact_grads`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.bitnet_ext
+
+#: (grad_y [M, N], x_i8 [M, K], act_scale [M], packed, weight_scale [S], segments, need_input, need_weight,
+#: weight_dtype) -> (grad_x_q [M, K] or None, grad_weight [N, K] or None)
+Grads = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[int], bool, bool, torch.dtype],
+    tuple[Tensor | None, Tensor | None],
+]
+
+
+def exact_grads(
+    grad_y: Tensor,
+    x_i8: Tensor,
+    act_scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    segments: Sequence[int],
+    need_input: bool,
+    need_weight: bool,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both products of the backward pass in the precision of grad_y, the operands decoded to its dtype.
+
+    Args:
+        grad_y: [M, N] float32, bfloat16 or float16.
+        x_i8, act_scale: int8 [M, K] and float32 [M], the quantised input.
+        packed, weight_scale: the quantised weights, stacked: see :class:`bitnet_ext.ops.QuantizedWeight`.
+        segments: rows of each of the stacked weights, of the sum N.
+        need_input, need_weight: which of the two products to compute.
+        weight_dtype: of grad_weight.
+
+    Returns:
+        grad_x_q [M, K] in grad_y's dtype and grad_weight [N, K] in `weight_dtype`; None where it is not needed.
+    """
+    N, K = grad_y.shape[1], x_i8.shape[1]
+    grad_x = grad_weight = None
+    if need_input:
+        scale = weight_scale
+        if len(segments) > 1:
+            scale = torch.cat([weight_scale[i : i + 1].expand(n) for i, n in enumerate(segments)])
+        if packed.dtype == torch.int32:
+            weight_q = _ops.dequantize_prepacked(packed, scale, N, K, grad_y.dtype)
+        else:
+            weight_q = _ops.dequantize_ternary(packed, scale, K, grad_y.dtype)
+        grad_x = torch.mm(grad_y, weight_q)
+    if need_weight:
+        x_q = _ops.dequantize_act(x_i8, act_scale, grad_y.dtype)
+        grad_weight = torch.mm(grad_y.t(), x_q).to(weight_dtype)
+    return grad_x, grad_weight
+
+
+#: By the argument `backward` of the operators.
+GRADS: dict[str, Grads] = {"exact": exact_grads}
+
+
+# --- bit_linear ----------------------------------------------------------------------------------------------
+
+
+def _save_product(ctx: Any, weights: Sequence[Tensor], bias: Tensor | None, backward: str) -> None:
+    # Without this every unused output gets a gradient of zeros: six kernels a layer.
+    ctx.set_materialize_grads(False)
+    ctx.segments = [weight.shape[0] for weight in weights]
+    ctx.weight_dtype = weights[0].dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.grads = backward
+
+
+def _product_grads(
+    ctx: Any,
+    grad_y: Tensor,
+    x_i8: Tensor,
+    act_scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    need_input: bool,
+    need_weights: Sequence[bool],
+    need_bias: bool,
+) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
+    """Gradients of the quantised input [.., K], of each stacked weight and of the bias."""
+    segments = ctx.segments
+    grad = grad_y.reshape(-1, grad_y.shape[-1])
+    grad_x, grad_weight = GRADS[ctx.grads](
+        grad,
+        x_i8.reshape(-1, x_i8.shape[-1]),
+        act_scale.reshape(-1),
+        packed,
+        weight_scale,
+        segments,
+        need_input,
+        any(need_weights),
+        ctx.weight_dtype,
+    )
+    grad_weights: list[Tensor | None] = [None] * len(segments)
+    if grad_weight is not None:
+        parts = grad_weight.split(segments) if len(segments) > 1 else (grad_weight,)
+        grad_weights = [part if need else None for part, need in zip(parts, need_weights, strict=True)]
+    grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
+    return None if grad_x is None else grad_x.reshape(x_i8.shape), grad_weights, grad_bias
+
+
+def _bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weights, packed, weight_scale, bias, norm_weight, _eps, normalize, _out_dtype, backward = inputs
+    _y, x_i8, act_scale, rstd = output
+    # The norm's backward needs x itself; without a norm the int8 form is all that is kept.
+    ctx.save_for_backward(x if normalize else None, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
+    _save_product(ctx, weights, bias, backward)
+    ctx.normalize = normalize
+    ctx.x_dtype = x.dtype
+
+
+def _bit_linear_backward(ctx: Any, grad_y: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
+    if grad_y is None:
+        return (None, [None] * len(ctx.segments), *(None,) * 8)
+    x, norm_weight, x_i8, act_scale, rstd, packed, weight_scale = ctx.saved_tensors
+    need_x, need_weights, need_bias, need_gain = (ctx.needs_input_grad[i] for i in (0, 1, 4, 5))
+    grad_x, grad_weights, grad_bias = _product_grads(
+        ctx, grad_y, x_i8, act_scale, packed, weight_scale, need_x or need_gain, need_weights, need_bias
+    )
+    grad_gain = None
+    if grad_x is not None:
+        if ctx.normalize:
+            grad_x, grad_gain = _ops.rms_norm_backward(grad_x, x, norm_weight, rstd)
+        else:
+            grad_x = grad_x.to(ctx.x_dtype)
+    if norm_weight is None:
+        grad_gain = None
+    return grad_x, grad_weights, None, None, grad_bias, grad_gain, None, None, None, None
+
+
+#: Of each operator: what it saves, and its backward.
+FORMULAS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
+    "bit_linear": (_bit_linear_setup, _bit_linear_backward),
+}

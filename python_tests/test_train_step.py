@@ -1,0 +1,217 @@
+"""What one optimiser step owes the rest: fresh ternary codes, and an honest end when a gradient is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import CONFIG, lines, model, stream, weights
+
+from bitnet_ext import ops
+from bitnet_ext.nn import WeightCache, weight_caches
+from bitnet_ext.training import Trainer, TrainingDivergedError, read_checkpoint
+from bitnet_ext.training import trainer as trainer_module
+from bitnet_ext.training.distributed import World
+from bitnet_ext.training.optimizer import FusedAdam
+from bitnet_ext.training.step import NonFiniteGradientError, TrainStep
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BAD = "layers.1.feed_forward.up_proj.weight"
+
+
+class Poisoned(TrainStep):
+    """Multiplies one gradient by NaN at one step, by a device counter, so that a graph does it too."""
+
+    bad_step = 13
+
+    def __init__(self, model: Any, *arguments: Any) -> None:
+        super().__init__(model, *arguments)
+        table = torch.ones(1000, device=self.device)
+        table[self.bad_step - 1] = float("nan")
+        dict(model.named_parameters())[BAD].register_hook(lambda g: g * table.index_select(0, self._step))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("optimizer", ["adam_l2", "adamw", "muon"])
+def test_a_bad_gradient_is_named_and_changes_nothing(
+    device: str, graph: bool, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        steps=40,
+        schedule_steps=40,
+        checkpoint_interval=10,
+        cuda_graph=graph,
+        log_interval=1,
+        optimizer=optimizer,
+    )
+    good = Trainer(
+        model(), dataclasses.replace(config, steps=12), stream(), run_dir=tmp_path / "good", device=device
+    )
+    good.fit()
+    monkeypatch.setattr(trainer_module, "TrainStep", Poisoned)
+    trainer = Trainer(model(), config, stream(), run_dir=tmp_path / "bad", device=device)
+    reason = rf"diverged at step 13: the gradient of {re.escape(BAD)} holds NaN or Inf; .*step-00000010"
+    with pytest.raises(TrainingDivergedError, match=reason):
+        trainer.fit()
+    assert read_checkpoint(tmp_path / "bad" / "checkpoint").step == 10
+    assert lines(tmp_path / "bad", "train") == lines(tmp_path / "good", "train")
+    last_good = weights(tmp_path / "good")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value.cpu(), last_good[name]), name
+    for name, value in trainer.optimizer.state().items():
+        assert torch.equal(value, good.optimizer.state()[name]), name
+
+
+def runner(device: str, **settings: Any) -> tuple[TrainStep, np.ndarray]:
+    config = dataclasses.replace(CONFIG, **settings)
+    net = model().to(device)
+    step = TrainStep(net, FusedAdam(net, config), config, torch.device(device), World())
+    rows = np.random.default_rng(0).integers(0, 101, (4, config.batch_size, config.seq_len + 1))
+    return step, rows
+
+
+def run(step: TrainStep, rows: np.ndarray, start: int) -> torch.Tensor:
+    """The rows one after the other where a step takes one at a time."""
+    parts = [rows[i : i + step.block_steps] for i in range(0, len(rows), step.block_steps)]
+    return torch.cat([step.run(start + i * step.block_steps, part) for i, part in enumerate(parts)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"cuda_graph": False}, {"optimizer": "muon"}])
+def test_kept_codes_change_no_bit(
+    device: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses and weights as with a cache that always quantises."""
+    step, rows = runner(device, **settings)
+    kept = run(step, rows, 0)
+    assert step._kept
+    monkeypatch.setattr(WeightCache, "get", lambda self, weights: ops.quantize_weights(weights))
+    other, _ = runner(device, **settings)
+    assert torch.equal(kept, run(other, rows, 0))
+    assert not other._kept
+    for name, value in step.optimizer.named.items():
+        assert torch.equal(value, other.optimizer.named[name]), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_codes_are_current_after_a_step_and_without_a_launch(device: str) -> None:
+    step, rows = runner(device)
+    run(step, rows, 0)
+    assert step._kept
+    for cache, group, codes in step._kept:
+        assert cache.get(group) is codes
+        fresh = ops.quantize_weights(group)
+        assert torch.equal(codes.packed, fresh.packed) and torch.equal(codes.weight_scale, fresh.weight_scale)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_change_from_outside_reaches_the_next_step(device: str, graph: bool) -> None:
+    """By hand, and by load_state_dict."""
+    step, rows = runner(device, cuda_graph=graph)
+    other, _ = runner(device, cuda_graph=graph)
+    run(step, rows, 0)
+    run(other, rows, 0)
+    state = {name: value.clone() for name, value in step._loss.state_dict().items()}
+    with torch.no_grad():
+        for p in step.optimizer.named.values():
+            p.mul_(-0.5)
+    other._loss.load_state_dict({name: value * -0.5 for name, value in state.items()})
+    assert torch.equal(run(step, rows, 4), run(other, rows, 4))
+    for cache, group, _ in step._kept:
+        assert torch.equal(cache.get(group).packed, ops.quantize_weights(group).packed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_evaluation_between_steps_uses_the_codes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, rows = runner(device)
+    run(step, rows, 0)
+    net = step._loss.model
+    calls = []
+    real = ops.quantize_weights
+    monkeypatch.setattr(ops, "quantize_weights", lambda weights: calls.append(1) or real(weights))
+    net.eval()
+    with torch.no_grad():
+        net(torch.zeros(1, 3, dtype=torch.int64, device=device))
+    assert calls == [] and len(weight_caches(net)) > 0
+
+
+@pytest.mark.gpu
+def test_no_step_of_a_block_after_the_bad_one_counts() -> None:
+    config = dataclasses.replace(CONFIG, steps=40)
+    net = model().cuda()
+    step = Poisoned(net, FusedAdam(net, config), config, torch.device("cuda"), World())
+    rows = np.random.default_rng(0).integers(0, 101, (20, config.batch_size, config.seq_len + 1))
+    with pytest.raises(NonFiniteGradientError) as caught:
+        step.run(0, rows)
+    assert caught.value.step == 13 and caught.value.records.shape == (12, 4)
+    assert torch.isfinite(caught.value.records).all()
+    assert step.optimizer.first_bad_step() == (12, [BAD])
+    step.optimizer.forget_bad_step()
+    assert step.optimizer.first_bad_step() is None
+    assert torch.isfinite(step.run(20, rows[:3])).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [True, False])
+def test_runs_that_share_a_gpu_are_those_that_have_it_to_themselves(graph: bool) -> None:
+    alone, together = [runner("cuda", seed=s, cuda_graph=graph) for s in (0, 1)], []
+    expected = [step.run(0, rows) for step, rows in alone]
+    for seed in (0, 1):
+        together.append((*runner("cuda", seed=seed, cuda_graph=graph), torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    for start in (0, 4):
+        for step, rows, stream_ in together:
+            with torch.cuda.stream(stream_):
+                step.launch(start, rows)
+        records = []
+        for step, _, stream_ in together:
+            with torch.cuda.stream(stream_):
+                records.append(step.finish())
+        if start == 0:
+            assert all(torch.equal(a, b) for a, b in zip(records, expected, strict=True))
+    for (a, rows), (b, *_) in zip(alone, together, strict=True):
+        a.run(4, rows)
+        for p, q in zip(a.optimizer.named.values(), b.optimizer.named.values(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_never_waits_for_the_device() -> None:
+    step, rows = runner("cuda")
+    step.run(0, rows)  # captures
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step.launch(4, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    step.finish()
+    names = {event.key for event in profile.key_averages()}
+    assert "cudaGraphLaunch" in names or any("raph" in name for name in names)
+    assert not {name for name in names if "Synchronize" in name}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"optimizer": "adam_l2"}])
+def test_the_embedding_by_rows_equals_a_dense_gradient(
+    device: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, rows = runner(device, **settings)
+    assert step._embedding is not None
+    by_rows = run(step, rows, 0)
+    assert not step._loss.model.embed_tokens.sparse
+    monkeypatch.setattr(TrainStep, "_takes_rows", lambda self, model: False)
+    other, _ = runner(device, **settings)
+    torch.testing.assert_close(by_rows, run(other, rows, 0), rtol=1e-4, atol=1e-5)
+    for name, value in step.optimizer.named.items():
+        torch.testing.assert_close(value, other.optimizer.named[name], rtol=1e-3, atol=1e-4)
