@@ -10,6 +10,7 @@ from bitnet_ext.ops.fused_quantize import (
     glu_quantize,
     glu_quantize_ref,
 )
+from bitnet_ext.ops.int8_grad import int8_grads, int8_grads_ref
 from bitnet_ext.ops.int8_mm import int8_mm, int8_mm_ref, quantize_rows_int8, quantize_rows_int8_ref
 from bitnet_ext.ops.loss import (
     LinearCrossEntropyOutput,
@@ -93,6 +94,8 @@ __all__ = [
     "dequantize_ternary_ref",
     "glu_quantize",
     "glu_quantize_ref",
+    "int8_grads",
+    "int8_grads_ref",
     "int8_mm",
     "int8_mm_ref",
     "int8xint2_mm",

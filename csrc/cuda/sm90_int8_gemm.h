@@ -31,23 +31,29 @@ struct Int8GemmPlan {
   int64_t split_tiles;  // the first tiles, whose depth is divided evenly over the clusters
 };
 
-// Whole tiles in rounds, or the last two rounds split: whichever should take less time. A stage of a tile
-// takes a cluster about 0.8 us, an exchange of partial sums about 8 us.
-constexpr Int8GemmPlan int8_gemm_plan(int64_t rows, int64_t cols, int64_t depth, int num_sms) {
-  const int64_t tiles = (rows + kInt8TileRows - 1) / kInt8TileRows * ((cols + kInt8TileCols - 1) / kInt8TileCols);
-  const int64_t stages = (depth + 127) / 128, slots = num_sms / 2;
+constexpr int64_t int8_gemm_tiles(int64_t rows, int64_t cols) {
+  return (rows + kInt8TileRows - 1) / kInt8TileRows * ((cols + kInt8TileCols - 1) / kInt8TileCols);
+}
+
+// Every tile by one cluster, as few clusters as keep the number of rounds.
+constexpr Int8GemmPlan int8_gemm_whole_plan(int64_t rows, int64_t cols, int num_sms) {
+  const int64_t tiles = int8_gemm_tiles(rows, cols), slots = num_sms / 2;
   const int64_t rounds = (tiles + slots - 1) / slots;
-  const int64_t even = (tiles + rounds - 1) / rounds;  // clusters that whole tiles keep busy
-  if (tiles % slots == 0) return {static_cast<int>(slots), 0};
-  const double idle_us = 0.8 * static_cast<double>(stages) *
-                         (static_cast<double>(rounds) - static_cast<double>(tiles) / static_cast<double>(slots));
-  if (idle_us < 8.0) return {static_cast<int>(even), 0};
-  const int64_t split = rounds > 1 ? tiles % slots + slots : tiles;
-  const int64_t most = split * stages / 4;  // no share of fewer than four stages
-  const int64_t clusters = rounds > 1 || most >= slots ? slots : most;
-  if (clusters <= tiles) return rounds > 1 ? Int8GemmPlan{static_cast<int>(slots), split}
-                                           : Int8GemmPlan{static_cast<int>(even), 0};
-  return {static_cast<int>(clusters), split};
+  return {static_cast<int>((tiles + rounds - 1) / rounds), 0};
+}
+
+// Whole tiles, or the last two rounds split: whichever should take less time. A stage of a tile takes a
+// cluster about 0.8 us, an exchange of partial sums about 8 us.
+constexpr Int8GemmPlan int8_gemm_plan(int64_t rows, int64_t cols, int64_t depth, int num_sms) {
+  const int64_t tiles = int8_gemm_tiles(rows, cols), slots = num_sms / 2, stages = (depth + 127) / 128;
+  const int64_t rounds = (tiles + slots - 1) / slots;
+  const double idle_rounds = static_cast<double>(rounds) - static_cast<double>(tiles) / static_cast<double>(slots);
+  const Int8GemmPlan whole = int8_gemm_whole_plan(rows, cols, num_sms);
+  if (0.8 * static_cast<double>(stages) * idle_rounds < 8.0) return whole;
+  if (rounds > 1) return {static_cast<int>(slots), tiles % slots + slots};
+  const int64_t most = tiles * stages / 4;  // no share of fewer than four stages
+  const int64_t clusters = most < slots ? most : slots;
+  return clusters > tiles ? Int8GemmPlan{static_cast<int>(clusters), tiles} : whole;
 }
 
 constexpr int64_t int8_gemm_partials(const Int8GemmPlan& plan) {
