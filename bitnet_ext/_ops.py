@@ -373,6 +373,43 @@ def _rotary_query_key_backward(
     return grad_query.new_empty((B, T, (num_heads + 2 * grad_key.shape[2]) * head_dim))
 
 
+def _quantize_grad(
+    grad_y: Tensor,
+    act_scale: Tensor,
+    weight_scale: Tensor,
+    segments: list[int],
+    seed: Tensor,
+    by_row: bool,
+    by_column: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    M, N = grad_y.shape
+    stages = (M + 127) // 128 if by_column else 0
+    width = 128 * stages
+    return (
+        grad_y.new_empty((M, N) if by_row else (0,), dtype=torch.int8),
+        grad_y.new_empty((M if by_row else 0,), dtype=torch.float32),
+        grad_y.new_empty((N, width) if by_column else (0,), dtype=torch.int8),
+        grad_y.new_empty((width,), dtype=torch.int32),
+        grad_y.new_empty((stages,), dtype=torch.float32),
+        grad_y.new_empty((N if by_column else 0,), dtype=torch.float32),
+    )
+
+
+def _transpose_prepacked(prepacked: Tensor, N: int, K: int) -> Tensor:
+    return _prepacked(prepacked, K, N)
+
+
+def _transpose_int8(x_i8: Tensor, order: Tensor | None) -> Tensor:
+    M, K = x_i8.shape
+    return x_i8.new_empty((K, M if order is None else order.numel()))
+
+
+def _int8_weight_grad(
+    g_column: Tensor, x_column: Tensor, column_max: Tensor, stage_bound: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    return g_column.new_empty((g_column.shape[0], x_column.shape[0]), dtype=out_dtype)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_act_int8": _quantize_act_int8,
     "rms_norm_quantize": _rms_norm_quantize,
@@ -418,6 +455,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "short_attention_backward": _short_attention_backward,
     "rotary_query_key": _rotary_query_key,
     "rotary_query_key_backward": _rotary_query_key_backward,
+    "quantize_grad": _quantize_grad,
+    "transpose_prepacked": _transpose_prepacked,
+    "transpose_int8": _transpose_int8,
+    "int8_weight_grad": _int8_weight_grad,
 }
 
 

@@ -72,6 +72,16 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "bit_linear_grad(Tensor grad_y, Tensor x_i8, Tensor act_scale, Tensor prepacked, Tensor weight_scale, "
       "int[] segments, bool need_input, bool need_weight, ScalarType weight_dtype) -> "
       "(Tensor grad_x_q, Tensor grad_weight)");
+  // --- the int8 backward, CUDA only (csrc/cuda/int8_gradient.h) ---
+  m.def(
+      "quantize_grad(Tensor grad_y, Tensor act_scale, Tensor weight_scale, int[] segments, Tensor seed, "
+      "bool by_row, bool by_column) -> (Tensor g_row, Tensor row_scale, Tensor g_column, Tensor order, "
+      "Tensor stage_bound, Tensor column_max)");
+  m.def("transpose_prepacked(Tensor prepacked, int N, int K) -> Tensor");
+  m.def("transpose_int8(Tensor x_i8, Tensor? order) -> Tensor");
+  m.def(
+      "int8_weight_grad(Tensor g_column, Tensor x_column, Tensor column_max, Tensor stage_bound, "
+      "ScalarType out_dtype) -> Tensor");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
   // (norm, grad_scale), both float32 []. latch float64 [2 + n]: the first step whose norm was not finite, or

@@ -3,9 +3,8 @@
 Shapes: M tokens, N out_features, K in_features. Activations keep their leading dimensions.
 """
 
-from bitnet_ext.ops.bit_linear import add_bit_linear, add_bit_linear_ref, bit_linear, bit_linear_ref
 from bitnet_ext.ops.attention import rotary_attention, rotary_attention_ref
-from bitnet_ext.ops.bit_linear import bit_linear, bit_linear_ref
+from bitnet_ext.ops.bit_linear import add_bit_linear, add_bit_linear_ref, bit_linear, bit_linear_ref
 from bitnet_ext.ops.fused_quantize import (
     add_rms_norm_quantize,
     add_rms_norm_quantize_ref,
@@ -13,6 +12,7 @@ from bitnet_ext.ops.fused_quantize import (
     glu_quantize_ref,
 )
 from bitnet_ext.ops.glu import glu_backward_ref, glu_bit_linear, glu_bit_linear_ref
+from bitnet_ext.ops.int8_grad import int8_grads, int8_grads_ref
 from bitnet_ext.ops.int8_mm import int8_mm, int8_mm_ref, quantize_rows_int8, quantize_rows_int8_ref
 from bitnet_ext.ops.loss import (
     LinearCrossEntropyOutput,
@@ -119,6 +119,8 @@ __all__ = [
     "glu_bit_linear_ref",
     "glu_quantize",
     "glu_quantize_ref",
+    "int8_grads",
+    "int8_grads_ref",
     "int8_mm",
     "int8_mm_ref",
     "int8xint2_mm",

@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bitnet_ext._autograd import GRADS
 from bitnet_ext.ops import _checks
+from bitnet_ext.ops.int8_grad import int8_grads
 from bitnet_ext.ops.matmul import int8xint2_mm_ref
 from bitnet_ext.ops.packing import pack_ternary_ref
 from bitnet_ext.ops.quantize import quantize_act_int8_ref, quantize_weight_ternary_ref
@@ -23,8 +25,9 @@ from bitnet_ext.ops.rms_norm import check_delta, check_gain
 
 _ops = torch.ops.bitnet_ext
 
-Backward = Literal["exact"]
-BACKWARDS = ("exact",)
+Backward = Literal["exact", "int8"]
+BACKWARDS = ("exact", "int8")
+GRADS["int8"] = int8_grads
 
 
 def bit_linear(
@@ -50,7 +53,8 @@ def bit_linear(
         norm_weight: float32 [K], gain of an RMSNorm before the quantiser; needs `norm_eps`.
         norm_eps: epsilon of that norm; None for no norm. With `norm_eps` alone the norm has no gain.
         out_dtype: of the result; by default the autocast dtype where autocast is on, else x's.
-        backward: "exact" computes both products of the backward pass in the dtype of the result.
+        backward: "exact" computes both products of the backward pass in the dtype of the result, "int8" from a
+            gradient in 8 bits with stochastic rounding: see :func:`bitnet_ext.ops.int8_grads`.
         quantized: the weights as :func:`quantize_weights` returned them, for a caller that keeps them while the
             weights stay what they are; None quantises here.
 
