@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_ext.ops.int8_grad import int8_grads
 from bitnet_ext.ops.small_grad import exact_grads_small, prefers_small_grad
 
 _ops = torch.ops.bitnet_ext
@@ -75,7 +76,7 @@ def exact_grads(
 
 
 #: By the argument `backward` of the operators.
-GRADS: dict[str, Grads] = {"exact": exact_grads}
+GRADS: dict[str, Grads] = {"exact": exact_grads, "int8": int8_grads}
 
 
 # --- bit_linear ----------------------------------------------------------------------------------------------

@@ -14,9 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitnet_ext._autograd import GRADS
 from bitnet_ext.ops import _checks
-from bitnet_ext.ops.int8_grad import int8_grads
 from bitnet_ext.ops.matmul import int8xint2_mm_ref
 from bitnet_ext.ops.packing import pack_ternary_ref
 from bitnet_ext.ops.quantize import quantize_act_int8_ref, quantize_weight_ternary_ref
@@ -27,7 +25,6 @@ _ops = torch.ops.bitnet_ext
 
 Backward = Literal["exact", "int8"]
 BACKWARDS = ("exact", "int8")
-GRADS["int8"] = int8_grads
 
 
 def bit_linear(
