@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_ext.ops.small_grad import exact_grads_small, prefers_small_grad
+
 _ops = torch.ops.bitnet_ext
 
 #: (grad_y [M, N], x_i8 [M, K], act_scale [M], packed, weight_scale [S], segments, need_input, need_weight,
@@ -49,6 +51,11 @@ def exact_grads(
     """
     N, K = grad_y.shape[1], x_i8.shape[1]
     grad_x = grad_weight = None
+    if packed.dtype == torch.int32 and prefers_small_grad(grad_y.shape[0], N, K, grad_y.dtype):
+        grad_x, grad_weight = exact_grads_small(
+            grad_y, x_i8, act_scale, packed, weight_scale, segments, need_input, need_weight, weight_dtype
+        )
+        return grad_x if need_input else None, grad_weight if need_weight else None
     if need_input:
         scale = weight_scale
         if len(segments) > 1:

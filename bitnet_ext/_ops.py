@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitnet_ext import _autograd
+from bitnet_ext.ops import loss
 
 
 def _packed_width(K: int) -> int:
@@ -166,6 +167,24 @@ def _rms_norm_backward(grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Ten
     return x.new_empty(x.shape), grad_gain
 
 
+def _bit_linear_grad(
+    grad_y: Tensor,
+    x_i8: Tensor,
+    act_scale: Tensor,
+    prepacked: Tensor,
+    weight_scale: Tensor,
+    segments: list[int],
+    need_input: bool,
+    need_weight: bool,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    N, K = grad_y.shape[1], x_i8.shape[1]
+    return (
+        grad_y.new_empty(x_i8.shape if need_input else (0,)),
+        grad_y.new_empty((N, K) if need_weight else (0,), dtype=weight_dtype),
+    )
+
+
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((), dtype=torch.float64)
 
@@ -213,19 +232,63 @@ def _softmax_stats(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _softmax_grad_(
+def _count_targets(target: Tensor) -> Tensor:
+    return target.new_empty((), dtype=torch.float32)
+
+
+def _cross_entropy_rows_(
     logits: Tensor,
+    V: int,
     target: Tensor,
-    lse: Tensor,
-    row_scale: Tensor,
-    row_coef: Tensor,
+    count: Tensor | None,
     log_marginal: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
     entropy_weight: float,
     diversity_weight: float,
-    target_weight: float,
-    uniform_weight: float,
-) -> None:
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T = logits.shape[0]
+    lse, cross_entropy, entropy, smoothing = (logits.new_empty((T,), dtype=torch.float32) for _ in range(4))
+    return lse, cross_entropy, entropy, smoothing, logits.new_empty((T,), dtype=torch.int64)
+
+
+def _cross_entropy_mean(
+    lse: Tensor,
+    cross_entropy: Tensor,
+    entropy: Tensor,
+    smoothing: Tensor,
+    target: Tensor,
+    marginal_entropy: Tensor | None,
+    square_sum: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    entropy_weight: float,
+    diversity_weight: float,
+    output_l2: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, mean_cross_entropy, mean_entropy, mean_square = (lse.new_empty(()) for _ in range(4))
+    return loss, mean_cross_entropy, mean_entropy, mean_square
+
+
+def _probability_sums(logits: Tensor, V: int, target: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    return lse.new_empty(((logits.shape[0] + 31) // 32, V))
+
+
+def _scale_(tensors: list[Tensor], scale: Tensor) -> None:
     return None
+
+
+def _skinny_mm_nt(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], (weight.shape[0] + 63) // 64 * 64))
+
+
+def _skinny_mm_nn(grad: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty((grad.shape[0], weight.shape[1]))
+
+
+def _skinny_mm_tn(grad: Tensor, hidden: Tensor) -> Tensor:
+    return hidden.new_empty((grad.shape[1], hidden.shape[1]))
 
 
 def _short_attention(
@@ -287,12 +350,21 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "prepacked_mm": _prepacked_mm,
     "bit_linear": _bit_linear,
     "rms_norm_backward": _rms_norm_backward,
+    "bit_linear_grad": _bit_linear_grad,
     "sum_of_squares": _sum_of_squares,
     "clip_gradients_": _clip_gradients_,
     "sum_rows": _sum_rows,
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
-    "softmax_grad_": _softmax_grad_,
+    "count_targets": _count_targets,
+    "cross_entropy_rows_": _cross_entropy_rows_,
+    "cross_entropy_mean": _cross_entropy_mean,
+    "probability_sums": _probability_sums,
+    "scale_": _scale_,
+    "linear_cross_entropy": loss.fake,
+    "skinny_mm_nt": _skinny_mm_nt,
+    "skinny_mm_nn": _skinny_mm_nn,
+    "skinny_mm_tn": _skinny_mm_tn,
     "short_attention": _short_attention,
     "short_attention_backward": _short_attention_backward,
     "rotary_query_key": _rotary_query_key,
@@ -310,6 +382,8 @@ def register() -> None:
         return
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"bitnet_ext::{name}", fake)
-    for name, (setup, backward) in _autograd.FORMULAS.items():
+    torch.library.impl("bitnet_ext::linear_cross_entropy", ("cpu", "cuda"), loss.forward)
+    formulas = {**_autograd.FORMULAS, "linear_cross_entropy": (loss.setup, loss.backward)}
+    for name, (setup, backward) in formulas.items():
         torch.library.register_autograd(f"bitnet_ext::{name}", backward, setup_context=setup)
     _registered = True

@@ -56,6 +56,11 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def(
       "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor "
       "grad_gain)");
+  // The exact gradients of bit_linear's product for few tokens, on CUDA; [0] tensors for what is not needed.
+  m.def(
+      "bit_linear_grad(Tensor grad_y, Tensor x_i8, Tensor act_scale, Tensor prepacked, Tensor weight_scale, "
+      "int[] segments, bool need_input, bool need_weight, ScalarType weight_dtype) -> "
+      "(Tensor grad_x_q, Tensor grad_weight)");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
   // (norm, grad_scale), both float32 []. latch float64 [2 + n]: the first step whose norm was not finite, or
@@ -77,10 +82,36 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "
       "(Tensor lse, Tensor target_logit, Tensor mean_logit, Tensor expected_logit, Tensor argmax)");
+  // Logits are [T, S] with the vocabulary in the first V columns; what lies behind is padding.
+  m.def("count_targets(Tensor target) -> Tensor");
   m.def(
-      "softmax_grad_(Tensor(a!) logits, Tensor target, Tensor lse, Tensor row_scale, Tensor row_coef, "
-      "Tensor? log_marginal, float entropy_weight, float diversity_weight, float target_weight, "
-      "float uniform_weight) -> ()");
+      "cross_entropy_rows_(Tensor(a!) logits, int V, Tensor target, Tensor? count, Tensor? log_marginal, "
+      "float label_smoothing, float z_loss, float entropy_weight, float diversity_weight, float softcap) -> "
+      "(Tensor lse, Tensor cross_entropy, Tensor entropy, Tensor smoothing, Tensor argmax)");
+  m.def(
+      "cross_entropy_mean(Tensor lse, Tensor cross_entropy, Tensor entropy, Tensor smoothing, Tensor target, "
+      "Tensor? marginal_entropy, Tensor? square_sum, float label_smoothing, float z_loss, "
+      "float entropy_weight, float diversity_weight, float output_l2) -> "
+      "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square)");
+  m.def("probability_sums(Tensor logits, int V, Tensor target, Tensor lse, float softcap) -> Tensor");
+  m.def("scale_(Tensor(a!)[] tensors, Tensor scale) -> ()");
+  // Implemented in bitnet_ext/ops/loss.py from the operators above and matrix products.
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, float label_smoothing, "
+      "float z_loss, float entropy_weight, float diversity_weight, float softcap, float output_l2, "
+      "int chunk_bytes, bool needs_grad_hidden, bool needs_grad_weight) -> "
+      "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square, "
+      "Tensor marginal_entropy, Tensor cross_entropy, Tensor entropy, Tensor argmax, Tensor mean_p, "
+      "Tensor grad_hidden, Tensor grad_weight)");
+  // Asks the system for large pages behind a tensor that is about to be written first. Without effect where
+  // there are none.
+  m.def("_prefer_huge_pages(Tensor tensor) -> ()");
+  // fp32 products of few tokens with a tall matrix, on CUDA: hidden [T, H], weight [V, H], grad [T, V].
+  // nt: hidden weight^T in rows of a multiple of 64, with zeros (times hidden) beyond V; nn: grad weight; tn:
+  // grad^T hidden.
+  m.def("skinny_mm_nt(Tensor hidden, Tensor weight) -> Tensor");
+  m.def("skinny_mm_nn(Tensor grad, Tensor weight) -> Tensor");
+  m.def("skinny_mm_tn(Tensor grad, Tensor hidden) -> Tensor");
   // --- attention, on CUDA only: the caller composes it of PyTorch's operators elsewhere ---
   // qkv [B, T, (num_heads + 2 num_kv_heads) D] stacks queries, keys and values; cos, sin float32 [T, D] of
   // rotary_table. Short: T <= 128 and T D <= 8192, D = 32, 64 or 128. lse float32 [B, num_heads, T].

@@ -95,6 +95,20 @@ def test_train_step(device: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_optimizer(device: str, tmp_path: Path) -> None:
+    printed, result = run_script("optimizer.py", tmp_path, "--device", device, "--threads", "1")
+    check_common(result, "optimizer", device)
+    (row,) = result["rows"]
+    assert row["model"] == "collapse-64" and row["parameters"] > row["ternary"] > 0
+    assert len(row["variants"]) == 7
+    for name, variant in row["variants"].items():
+        assert name in printed
+        check_seconds(variant["seconds"])
+        assert (variant["bytes"] is None) == (name in ("fused", "foreach", "muon"))
+    assert row["variants"]["ours"]["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_packed_linear(device: str, tmp_path: Path) -> None:
     shapes = ("64x48", "33x30")
     options = ("--device", device, "--tokens", "1", "24", "--threads", "1")
@@ -206,6 +220,31 @@ def run_quick(name: str, tmp_path: Path, *arguments: str, device: str = "cpu") -
     assert result["bench"] == name and result["environment"]["device"] == device
     assert result["settings"]["quick"] is True and result["ceiling"]["read_gb_per_s"] > 0
     return result
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cross_entropy(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_quick("cross_entropy", tmp_path, "--peers", "eager", "liger", device=device)
+    (case,) = result["cases"]
+    assert (case["tokens"], case["hidden"], case["vocabulary"]) == (33, 24, 1001)
+    assert [row["variant"] for row in case["rows"]][:2] == ["ours", "eager"]
+    assert case["skipped"].keys() | {row["variant"] for row in case["rows"]} == {"ours", "eager", "liger"}
+    for row in case["rows"][:2]:
+        assert row["seconds"]["median"] > 0 and 0 < row["share_of_floor"] < 1
+        assert row["errors"]["hidden_relative"] < 1e-2 and row["errors"]["weight_max"] < 1e-2
+        assert (row["peak_bytes"] is None) == (device == "cpu")
+    assert case["rows"][0]["ratio_to_ours"] == 1
+    assert "33 x 24 x 1001" in capsys.readouterr().out
+
+
+def test_cross_entropy_refuses_a_wrong_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("cross_entropy")
+    wrong = module.VARIANTS["ours"]
+    monkeypatch.setitem(module.VARIANTS, "ours", (lambda: lambda *a: 1.01 * module.ours(*a), *wrong[1:]))
+    args = module.parse(["--quick", "--json", str(tmp_path / "result.json")])
+    with pytest.raises(WrongResultError, match="the gradient of hidden"):
+        module.run(args, torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
 
 
 def check_peers(peers: dict[str, Any], expected: set[str]) -> None:

@@ -131,44 +131,15 @@ def case_optimizer(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.
         hyper = torch.tensor([1e-2, 0.1, 0.271, 0.002997])
         scale = torch.tensor(0.7)
         sums = abs_sums_like(params[:1])
-        flags = ([int(decay), 0], [1, 0])
-        ops.adam_step_(
-            params,
-            grads,
-            exp_avg,
-            exp_avg_sq,
-            hyper,
-            scale,
-            *flags,
-            sums,
-            None,
-            -1,
-            0.9,
-            0.999,
-            1e-8,
-            decoupled,
+        state = (params, grads, exp_avg, exp_avg_sq, hyper, scale, [int(decay), 0])
+        constants = (0.9, 0.999, 1e-8, decoupled)
+        ops.adam_step_(*state, [1, 0], sums, None, -1, *constants)
+        outputs += [*(t.clone() for t in (*params, *exp_avg, *exp_avg_sq)), sums]
+        grads[0], slots = ops.sum_rows(
+            torch.randint(0, N, (M,), generator=generator), normal(generator, M, K), N
         )
-        outputs += [*params, *exp_avg, *exp_avg_sq, sums]
-        ids = torch.randint(0, N, (M,), generator=generator)
-        rows, slots = ops.sum_rows(ids, normal(generator, M, K), N)
-        params[0], grads[0] = params[0].clone(), rows
-        ops.adam_step_(
-            params,
-            grads,
-            exp_avg,
-            exp_avg_sq,
-            hyper,
-            scale,
-            *flags,
-            None,
-            slots,
-            0,
-            0.9,
-            0.999,
-            1e-8,
-            decoupled,
-        )
-        outputs += [rows, slots, *params, *exp_avg, *exp_avg_sq]
+        ops.adam_step_(*state, [0, 0], None, slots, 0, *constants)
+        outputs += [grads[0], slots, *params, *exp_avg, *exp_avg_sq]
     return outputs
 
 
@@ -179,12 +150,21 @@ def case_softmax(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.Ge
     target = torch.randint(-1, K, (M,), generator=generator)
     stats = ops.softmax_stats(logits, target)
     outputs = list(stats)
-    row_scale, row_coef = normal(generator, M), normal(generator, M)
+    rows = logits.float()
     log_marginal = normal(generator, K) - 5.0
-    for marginal in (None, log_marginal):
-        grad = logits.clone()
-        ops.softmax_grad_(grad, target, stats[0].float(), row_scale, row_coef, marginal, 0.3, 0.2, 1.0, 0.01)
-        outputs.append(grad)
+    count = ops.count_targets(target)
+    for V in {K, max(1, K - 5)}:
+        inside = torch.where(target < V, target, -1)
+        for marginal, entropy_weight, softcap in (
+            (None, 0.0, 0.0),
+            (log_marginal[:V], 0.3, 0.0),
+            (None, 0.3, 7.0),
+        ):
+            grad, terms = rows.clone(), (0.1, 1e-3, entropy_weight, 0.2)
+            outputs += ops.cross_entropy_rows_(grad, V, inside, count, marginal, *terms, softcap)
+            outputs.append(grad)
+            before = ops.cross_entropy_rows_(rows, V, inside, None, None, *terms, softcap)
+            outputs += [*before, ops.probability_sums(rows, V, inside, before[0], softcap)]
     return outputs
 
 
@@ -277,20 +257,18 @@ def test_product_of_many_tokens_and_features(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", SUPPORTED)
 def test_exponential_is_accurate(isa: str) -> None:
-    """With lse = 0 and the other terms off, softmax_grad_ writes exp(z): within 2 units in the last place."""
+    """With lse = 0, probability_sums of one row is exp(z): within 2 units in the last place."""
     ops._set_cpu_isa(isa)
     generator = torch.Generator().manual_seed(0)
     z = torch.cat([torch.rand(200_000, generator=generator) * -87.0, -torch.logspace(-10, 1.9, 50_000)])
     z = z.reshape(1, -1)
-    one, zero, ignored = torch.ones(1), torch.zeros(1), torch.full((1,), -1)
-    actual = z.clone()
-    ops.softmax_grad_(actual, ignored, zero, one, one, None, 0.0, 0.0, 0.0, 0.0)
+    zero, target = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    actual = ops.probability_sums(z, z.shape[1], target, zero, 0.0)
     expected = z.double().exp()
     unit = torch.nextafter(expected.float(), torch.tensor(torch.inf)) - expected.float()
     assert ((actual.double() - expected).abs() / unit.double()).max() <= 2.0
     below = torch.tensor([[-87.5, -104.0, -1e4, -1e30, -torch.inf, 0.0]])
-    ops.softmax_grad_(below, ignored, zero, one, one, None, 0.0, 0.0, 0.0, 0.0)
-    assert below.tolist() == [[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
+    assert ops.probability_sums(below, 6, target, zero, 0.0).tolist() == [[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize("isa", SUPPORTED)

@@ -279,37 +279,96 @@ def test_softmax_stats_of_ties_and_infinities() -> None:
     assert nothing[4].item() == 0
 
 
-def fp_softmax_grad(z: Tensor, target: Tensor, lse: Tensor, rows: tuple[Tensor, ...], log_marginal: Tensor | None,
-                    weights: tuple[float, float, float, float]) -> Tensor:  # fmt: skip
-    scale, coef = (t.to(z.dtype).unsqueeze(1) for t in rows)
-    entropy, diversity, on_target, uniform = weights
-    shift = z - lse.to(z.dtype).unsqueeze(1)
-    inner = coef + entropy * shift
-    if log_marginal is not None:
-        inner = inner + diversity * log_marginal.to(z.dtype)
-    hot = torch.zeros_like(z).scatter_(1, target.clamp(min=0).unsqueeze(1), 1.0)
-    hot = hot * (target >= 0).unsqueeze(1)
-    return scale * (shift.exp() * inner - on_target * hot - uniform)
+TERMS = {  # label_smoothing, z_loss, entropy_weight, diversity_weight, softcap
+    "plain": (0.0, 0.0, 0.0, 0.0, 0.0),
+    "smoothed": (0.1, 1e-2, 0.0, 0.0, 0.0),
+    "entropy": (0.0, 0.0, 0.3, 0.0, 0.0),
+    "capped": (0.1, 0.0, 0.0, 0.0, 6.0),
+    "all": (0.1, 1e-2, 0.3, 0.2, 6.0),
+}
+
+
+def padded_logits(T: int, V: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of a multiple of 64 elements; what stands behind the vocabulary must not matter."""
+    z, target = logits_of(T, V, dtype, seed)
+    rows = torch.full((T, -(-V // 64) * 64), float("nan"), dtype=dtype, device="cuda")
+    rows[:, :V] = z
+    return rows, target
+
+
+def eager_rows(raw_z: Tensor, target: Tensor, log_marginal: Tensor | None, terms: tuple[float, ...],
+               dtype: torch.dtype) -> tuple[Tensor, ...]:  # fmt: skip
+    """lse, cross-entropy, entropy, lse - mean logit and gradient of rows, by autograd in `dtype`."""
+    smoothing, z_loss, entropy_weight, diversity_weight, softcap = terms
+    raw_z = raw_z.to(dtype).requires_grad_()
+    z = softcap * torch.tanh(raw_z / softcap) if softcap else raw_z
+    lse, log_p = z.logsumexp(-1), z.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    cross_entropy = -log_p.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+    cross_entropy = torch.where(target >= 0, cross_entropy, 0.0)
+    smooth = lse - z.mean(-1)
+    loss = (1 - smoothing) * cross_entropy + smoothing * smooth + z_loss * lse.square()
+    loss = loss - entropy_weight * entropy
+    if log_marginal is not None:  # its gradient: p_j (l_j - sum p l)
+        loss = loss + diversity_weight * (log_p.exp() * log_marginal.to(dtype)).sum(-1)
+    (torch.where(target >= 0, loss, 0.0).sum() / (target >= 0).sum()).backward()
+    return tuple(t.detach() for t in (lse, cross_entropy, entropy, smooth, raw_z.grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [1, 7, 33, 4099, 50257, 128256])
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_cross_entropy_rows(V: int, dtype: torch.dtype, terms: tuple[float, ...]) -> None:
+    for T in (11, 300) if V in (33, 50257) and terms == TERMS["plain"] else (11,):
+        rows, target = padded_logits(T, V, dtype, seed=3)
+        log_marginal = -torch.rand(V, device="cuda") * 9 if terms == TERMS["all"] else None
+        z = rows[:, :V].clone()
+        count = raw.count_targets(target)
+        assert count.item() == (target >= 0).sum().item()
+        exact = eager_rows(z, target, log_marginal, terms, torch.float64)
+        eager = eager_rows(z, target, log_marginal, terms, torch.float32)
+        before = raw.cross_entropy_rows_(rows, V, target, None, log_marginal, *terms)
+        assert torch.equal(rows[:, :V], z)
+        again = rows.clone()
+        got = raw.cross_entropy_rows_(rows, V, target, count, log_marginal, *terms)
+        assert_same(tuple(before), tuple(got))
+        assert_same(tuple(raw.cross_entropy_rows_(again, V, target, count, log_marginal, *terms)), tuple(got))
+        assert_same((again,), (rows,))
+        for a, b, c in zip(got[:4], eager[:4], exact[:4], strict=True):
+            # One rounding of the logits, of up to 20, where the result itself is small or zero (V = 1).
+            assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + 2e-6
+        assert torch.equal(got[4], z.float().argmax(-1))
+        assert rows[:, V:].abs().sum() == 0 and rows[target < 0].abs().sum() == 0
+        grad_error, eager_error = (
+            (t.double() - exact[4]).abs().max() for t in (rows[:, :V], eager[4].to(dtype))
+        )
+        assert grad_error <= 2 * eager_error + 2e-7  # p = 1, less 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [1, 33, 50257])
+def test_probability_sums(V: int, dtype: torch.dtype) -> None:
+    for T, softcap in ((70, 0.0), (5, 6.0)):
+        rows, target = padded_logits(T, V, dtype, seed=4)
+        lse = raw.cross_entropy_rows_(rows, V, target, None, None, 0.0, 0.0, 0.0, 0.0, softcap)[0]
+        got = raw.probability_sums(rows, V, target, lse, softcap)
+        assert got.shape == (-(-T // 32), V)
+        z = rows[:, :V].double()
+        z = softcap * torch.tanh(z / softcap) if softcap else z
+        exact = (z.softmax(-1) * (target >= 0).unsqueeze(1)).sum(0)
+        torch.testing.assert_close(got.double().sum(0), exact, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("V", [1, 7, 33, 4099, 50257])
-@pytest.mark.parametrize("with_marginal", [False, True])
-def test_softmax_grad(V: int, dtype: torch.dtype, with_marginal: bool) -> None:
-    z, target = logits_of(11, V, dtype, seed=3)
-    lse = z.double().logsumexp(-1).float()
-    rows = (torch.rand(11, device="cuda") + 0.5, torch.rand(11, device="cuda") + 0.5)
-    log_marginal = -torch.rand(V, device="cuda") * 9 if with_marginal else None
-    weights = (0.3, 0.2, 0.9, 0.1 / V)
-    exact = fp_softmax_grad(z.double(), target, lse, rows, log_marginal, weights)
-    eager = fp_softmax_grad(z.float(), target, lse, rows, log_marginal, weights).to(dtype)
-    for shift in (0, 1, 3):
-        got, again = shifted(z, shift), shifted(z, shift)
-        marginal = None if log_marginal is None else shifted(log_marginal, shift)
-        raw.softmax_grad_(got, target, lse, *rows, marginal, *weights)
-        raw.softmax_grad_(again, target, lse, *rows, marginal, *weights)
-        assert_same((got,), (again,))
-        assert_within_twice(got, eager, exact)
+def test_scale(dtype: torch.dtype) -> None:
+    tensors = [normal(1000, 37).to(dtype), normal(3).to(dtype)]
+    before = [t.clone() for t in tensors]
+    raw.scale_(tensors, torch.ones((), device="cuda"))
+    assert_same(tuple(tensors), tuple(before))
+    raw.scale_(tensors, torch.tensor(0.3, device="cuda"))
+    assert_same(
+        tuple(tensors), tuple((t.float() * torch.tensor(0.3, device="cuda")).to(dtype) for t in before)
+    )
 
 
 # --- CUDA itself: graphs, streams, devices, large tensors, errors -------------------------------------------
@@ -380,9 +439,11 @@ def test_loss_and_norm_in_a_graph() -> None:
 
     def step() -> tuple[Tensor, ...]:
         stats = raw.softmax_stats(z, target)
-        out = z.clone()
-        raw.softmax_grad_(out, target, stats[0].float(), stats[3], stats[2], None, 0.1, 0.0, 1.0, 0.0)
-        return (*stats, out, *raw.rms_norm_backward(grad, x, gain, rstd))
+        out = torch.nn.functional.pad(z, (0, 47))
+        rows = raw.cross_entropy_rows_(
+            out, z.shape[1], target, raw.count_targets(target), None, 0.1, 1e-3, 0.1, 0.0, 0.0
+        )
+        return (*stats, *rows, out, *raw.rms_norm_backward(grad, x, gain, rstd))
 
     graph, outputs = captured(step)
     z.copy_(logits_of(9, 50257, torch.float32, seed=7)[0])

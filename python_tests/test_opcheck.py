@@ -10,10 +10,16 @@ import torch
 from bitnet_ext import _ops, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-#: The CPU's products read the packed form; its attention is composed of PyTorch's operators.
+#: The CPU's products read the packed form, its attention is composed of PyTorch's operators, and it can look at a
+#: scale.
 CUDA_ONLY = {
     "prepacked_mm",
     "prepacked_mm_int32",
+    "bit_linear_grad",
+    "skinny_mm_nt",
+    "skinny_mm_nn",
+    "skinny_mm_tn",
+    "scale_",
     "short_attention",
     "short_attention_backward",
     "rotary_query_key",
@@ -32,7 +38,9 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     stack = ops.quantize_weights([weight])
     two_scales = torch.rand(2, device=device)
     logits, target = make(M, V), torch.tensor([3, -100, 60, 0, 9], device=device)
-    stats = ops.softmax_stats(logits, target)
+    padded = make(M, 64)
+    count = torch.ops.bitnet_ext.count_targets(target)
+    stats = torch.ops.bitnet_ext.cross_entropy_rows_(padded, V, target, None, None, 0.0, 0.0, 0.0, 0.0, 0.0)
     pair = [make(3, 4), make(7)]
     moments = [torch.zeros_like(t) for t in pair], [torch.zeros_like(t) for t in pair]
     hyper = torch.tensor([1e-3, 0.1, 0.1, 0.05], device=device)
@@ -78,6 +86,17 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             "exact",
         ),
         "rms_norm_backward": (make(2, M, K), x.detach(), gain.detach(), rstd),
+        "bit_linear_grad": (
+            make(M, N),
+            ops.quantize_act_int8(make(M, K))[0],
+            torch.rand(M, device=device),
+            prepacked,
+            torch.rand(1, device=device),
+            [N],
+            True,
+            True,
+            torch.bfloat16,
+        ),
         "sum_of_squares": (pair,),
         "adam_step_": (
             pair,
@@ -97,18 +116,23 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         ),
         "sum_rows": (torch.tensor([3, 0, 3], device=device), make(3, 7), 5),
         "clip_gradients_": (pair, torch.zeros(1, dtype=torch.int64, device=device), 1.0, latch),
+        "skinny_mm_nt": (make(M, 24), make(V, 24)),
+        "skinny_mm_nn": (make(M, 60), make(60, 24)),
+        "skinny_mm_tn": (make(M, 60), make(M, 24)),
         "softmax_stats": (logits, target),
-        "softmax_grad_": (
-            logits.clone(),
+        "count_targets": (target,),
+        "cross_entropy_rows_": (padded.clone(), V, target, count, make(V), 0.1, 1e-3, 0.1, 0.2, 20.0),
+        "cross_entropy_mean": (*stats[:4], target, one, one.double(), 0.1, 1e-3, 0.1, 0.2, 1e-4),
+        "probability_sums": (padded, V, target, stats[0], 20.0),
+        "scale_": ([make(3, 4), make(7)], one),
+        "linear_cross_entropy": (
+            make(M, K).requires_grad_(),
+            make(V, K).requires_grad_(),
             target,
-            stats.lse.float(),
-            make(M),
-            make(M),
-            make(V),
-            0.1,
-            0.2,
-            0.9,
-            0.1 / V,
+            *(0.1, 1e-3, 0.1, 0.2, 20.0, 1e-4),
+            600,
+            True,
+            True,
         ),
         "short_attention": (qkv.clone().requires_grad_(), cos, sin, 2, 1),
         "short_attention_backward": (make(2, M, 2 * 32), qkv, cos, sin, out, lse, 2, 1),

@@ -70,8 +70,10 @@ RULES = [
     Rule("rms_norm", r"grad_x_kernel<float, float>", (LOAD_16, STORE_16)),
     Rule("adam", r"adam_step_kernel", (LOAD_16, STORE_16)),
     Rule("grad_norm", r"square_sums_kernel", (LOAD_16,)),
+    Rule("row_gradient", r"sum_rows_kernel", (LOAD_16, STORE_16)),
     Rule("softmax", r"softmax_stats_kernel<", (LOAD_16,)),
-    Rule("softmax", r"softmax_grad_kernel<", (LOAD_16, STORE_16)),
+    Rule("cross_entropy", r"rows_kernel<", (COPY_16, r"\bLDS\.128", STORE_16)),
+    Rule("cross_entropy_parts", r"probability_sums_kernel<", (LOAD_16,)),
     Rule("short_attention", r"short_attention_(backward_)?kernel<", (LOAD_16, r"\bLDS\.128", r"\bSTS\.128")),
     Rule("rotary", r"rotary_kernel<\w+, [48],", (LOAD_16, STORE_16)),
 ]

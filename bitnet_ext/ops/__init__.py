@@ -71,6 +71,16 @@ from bitnet_ext.ops.rms_norm import (
     rms_norm_quantize,
     rms_norm_quantize_ref,
 )
+from bitnet_ext.ops.skinny_mm import (
+    prefers_skinny_mm,
+    skinny_mm_nn,
+    skinny_mm_nn_ref,
+    skinny_mm_nt,
+    skinny_mm_nt_ref,
+    skinny_mm_tn,
+    skinny_mm_tn_ref,
+)
+from bitnet_ext.ops.small_grad import exact_grads_small, exact_grads_small_ref, prefers_small_grad
 
 __all__ = [
     "LinearCrossEntropyOutput",
@@ -92,6 +102,8 @@ __all__ = [
     "dequantize_prepacked_ref",
     "dequantize_ternary",
     "dequantize_ternary_ref",
+    "exact_grads_small",
+    "exact_grads_small_ref",
     "glu_quantize",
     "glu_quantize_ref",
     "int8_mm",
@@ -102,6 +114,8 @@ __all__ = [
     "linear_cross_entropy_ref",
     "pack_ternary",
     "pack_ternary_ref",
+    "prefers_skinny_mm",
+    "prefers_small_grad",
     "prepack_int8",
     "prepack_int8_ref",
     "prepack_ternary",
@@ -123,6 +137,12 @@ __all__ = [
     "rms_norm_quantize_ref",
     "rotary_attention",
     "rotary_attention_ref",
+    "skinny_mm_nn",
+    "skinny_mm_nn_ref",
+    "skinny_mm_nt",
+    "skinny_mm_nt_ref",
+    "skinny_mm_tn",
+    "skinny_mm_tn_ref",
     "softmax_stats",
     "softmax_stats_ref",
     "sum_of_squares",

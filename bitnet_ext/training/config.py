@@ -46,9 +46,8 @@ class TrainConfig:
         wd_second: weight decay of the second stage.
         grad_clip: largest global gradient norm; None for no clipping.
 
-        label_smoothing, z_loss, entropy_weight, diversity_weight: terms of the objective, see
-            :func:`bitnet_ext.ops.linear_cross_entropy`.
-        output_l2: weight of the sum of squares of the output head.
+        label_smoothing, z_loss, entropy_weight, diversity_weight, output_l2: terms of the objective, see
+            :func:`bitnet_ext.ops.linear_cross_entropy`; the last weighs the sum of squares of the output head.
 
         cuda_graph: capture the whole step in a CUDA graph (one process on a GPU; else without effect).
         log_interval: steps between "train" lines of the metrics file.

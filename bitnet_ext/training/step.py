@@ -67,20 +67,17 @@ class LanguageModelLoss(nn.Module):
         bf16 = config.precision == "bf16"
         with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16):
             hidden = self.model.hidden_states(rows[:, :-1].contiguous())
-        head = self.model.head_weight
         out = ops.linear_cross_entropy(
             hidden.bfloat16() if bf16 else hidden,
-            head,
+            self.model.head_weight,
             rows[:, 1:].contiguous(),
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
             entropy_weight=config.entropy_weight,
             diversity_weight=config.diversity_weight,
+            output_l2=config.output_l2,
         )
-        loss = out.loss
-        if config.output_l2:
-            loss = loss + config.output_l2 * head.square().sum()
-        return loss, out.cross_entropy, out.entropy
+        return out.loss, out.cross_entropy, out.entropy
 
 
 class TrainStep:

@@ -129,9 +129,8 @@ constexpr Kernels kTable = {
        const SoftmaxStats& out) {
       with_type(dtype, [&](auto* t) { softmax_stats(as(logits, t), target, rows, V, out); });
     },
-    [](void* logits, Dtype dtype, int64_t rows, int64_t V, const SoftmaxGrad& in) {
-      with_type(dtype, [&](auto* t) { softmax_grad(as(logits, t), rows, V, in); });
-    },
+    cross_entropy_rows,
+    probability_sums,
 };
 
 }  // namespace

@@ -1,0 +1,112 @@
+"""float32 products of few tokens with a tall matrix: an output layer's logits and their two gradients.
+
+On CUDA they run on fp16 tensor cores, each number as the sum of two fp16 numbers times a power of two, and are
+as accurate as a float32 product (no TF32). Everywhere else, and for shapes that :func:`prefers_skinny_mm` does
+not take, they are plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitnet_ext.ops import _checks
+
+_ops = torch.ops.bitnet_ext
+_FLOAT = (torch.float32,)
+_MAX_TOKENS = 512
+_MAX_HIDDEN = 256  # kSkinnyMaxHidden of csrc/cuda/skinny_mm.h
+
+
+def prefers_skinny_mm(T: int, H: int) -> bool:
+    """Whether the kernels take T tokens of H features and are faster than the library's float32 products."""
+    return 1 <= T <= _MAX_TOKENS and H % 8 == 0 and 8 <= H <= _MAX_HIDDEN
+
+
+def _takes(T: int, H: int, *operands: Tensor) -> bool:
+    return prefers_skinny_mm(T, H) and all(
+        t.is_cuda and t.stride(1) == 1 and t.data_ptr() % 16 == 0 for t in operands
+    )
+
+
+def _rows_aligned(grad: Tensor) -> bool:
+    return grad.shape[0] == 1 or (grad.stride(0) % 4 == 0 and grad.stride(0) >= grad.shape[1])
+
+
+def _check(op: str, left: str, a: Tensor, right: str, b: Tensor) -> None:
+    _checks.tensor(op, left, a, dtypes=_FLOAT, dim=2)
+    _checks.tensor(op, right, b, dtypes=_FLOAT, dim=2)
+    _checks.same_device(op, right, b, left, a)
+
+
+def skinny_mm_nt(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden @ weight.T``.
+
+    Args:
+        hidden: float32 [T, H]; weight: float32 [V, H].
+
+    Returns:
+        float32 [T, V]. On CUDA its rows may be a multiple of 64 apart, so that each starts at 256 bytes.
+    """
+    op = "skinny_mm_nt"
+    _check(op, "hidden", hidden, "weight", weight)
+    _checks.shape(op, "weight", weight, (weight.shape[0], hidden.shape[1]), "H as hidden has it")
+    if weight.shape[0] == 0 or not _takes(*hidden.shape, hidden, weight):
+        return torch.mm(hidden, weight.t())
+    out: Tensor = _ops.skinny_mm_nt(hidden.contiguous(), weight.contiguous())
+    return out[:, : weight.shape[0]]
+
+
+def skinny_mm_nt_ref(hidden: Tensor, weight: Tensor) -> Tensor:
+    """:func:`skinny_mm_nt` in plain PyTorch, in float64."""
+    return torch.mm(hidden.double(), weight.double().t()).float()
+
+
+def skinny_mm_nn(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad @ weight``; equal inputs give equal bits.
+
+    Args:
+        grad: float32 [T, V], whose rows may lie apart; weight: float32 [V, H].
+
+    Returns:
+        float32 [T, H].
+    """
+    op = "skinny_mm_nn"
+    _check(op, "grad", grad, "weight", weight)
+    _checks.shape(op, "weight", weight, (grad.shape[1], weight.shape[1]), "a row for each column of grad")
+    if (
+        grad.shape[1] == 0
+        or not _takes(grad.shape[0], weight.shape[1], grad, weight)
+        or not _rows_aligned(grad)
+    ):
+        return torch.mm(grad, weight)
+    out: Tensor = _ops.skinny_mm_nn(grad, weight.contiguous())
+    return out
+
+
+def skinny_mm_nn_ref(grad: Tensor, weight: Tensor) -> Tensor:
+    """:func:`skinny_mm_nn` in plain PyTorch, in float64."""
+    return torch.mm(grad.double(), weight.double()).float()
+
+
+def skinny_mm_tn(grad: Tensor, hidden: Tensor) -> Tensor:
+    """``grad.T @ hidden``.
+
+    Args:
+        grad: float32 [T, V], whose rows may lie apart; hidden: float32 [T, H].
+
+    Returns:
+        float32 [V, H].
+    """
+    op = "skinny_mm_tn"
+    _check(op, "grad", grad, "hidden", hidden)
+    _checks.shape(op, "hidden", hidden, (grad.shape[0], hidden.shape[1]), "a row for each row of grad")
+    if grad.shape[1] == 0 or not _takes(*hidden.shape, grad, hidden) or not _rows_aligned(grad):
+        return torch.mm(grad.t(), hidden)
+    out: Tensor = _ops.skinny_mm_tn(grad, hidden.contiguous())
+    return out
+
+
+def skinny_mm_tn_ref(grad: Tensor, hidden: Tensor) -> Tensor:
+    """:func:`skinny_mm_tn` in plain PyTorch, in float64."""
+    return torch.mm(grad.double().t(), hidden.double()).float()
