@@ -174,7 +174,7 @@ def test_half_precision_runs_flash_attention_without_copies() -> None:
     names = [event.name for event in profile.events()]
     assert sum("rotary_kernel" in name for name in names) == 2, names
     assert any("flash" in name for name in names), names
-    copies = [n for n in names if "elementwise" in n and "Fill" not in n or "copy" in n.lower()]
+    copies = [n for n in names if ("elementwise" in n and "Fill" not in n) or "copy" in n.lower()]
     assert not copies
 
 
