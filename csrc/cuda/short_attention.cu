@@ -46,25 +46,26 @@ __global__ void __launch_bounds__(kForwardThreads)
   float* queries = values + T * kPitch<kDim>;
   float* weights = queries + own_rows * kPitch<kDim>;
 
-  const int64_t pitch = static_cast<int64_t>(heads + 2 * kv_heads) * kDim;
-  const scalar_t* tokens = static_cast<const scalar_t*>(args.qkv) + batch * T * pitch;
+  const int pitch = (heads + 2 * kv_heads) * kDim;
+  const scalar_t* tokens = static_cast<const scalar_t*>(args.qkv) + batch * (T * pitch);
 
   wait_for_previous_kernel();
   allow_next_kernel();
-  load_rows<kForwardThreads, kDim, false, scalar_t>(end + end - first, args.cos, args.sin, [&](int i) {
-    const bool own = i >= end;
-    const int position = own ? i - end + first : i;
-    const scalar_t* token = tokens + position * pitch;
-    Row<scalar_t> row;
-    row.turned = token + (own ? head : heads + kv_head) * kDim;
-    row.plain = own ? nullptr : token + (heads + kv_heads + kv_head) * kDim;
-    row.out = nullptr;
-    row.position = position;
-    row.turned_to = own ? queries + (i - end) * kPitch<kDim> : keys + i * kPitch<kDim>;
-    row.plain_to = values + i * kPitch<kDim>;
-    row.dot_to = nullptr;
-    return row;
-  });
+  load_rows<kForwardThreads, kInFlight<kForwardThreads, scalar_t>, kDim, false, scalar_t>(
+      end + end - first, args.cos, args.sin, [&](int i) {
+        const bool own = i >= end;
+        const int position = own ? i - end + first : i;
+        const scalar_t* token = tokens + position * pitch;
+        Row<scalar_t> row;
+        row.turned = token + (own ? head : heads + kv_head) * kDim;
+        row.plain = own ? nullptr : token + (heads + kv_heads + kv_head) * kDim;
+        row.out = nullptr;
+        row.position = position;
+        row.turned_to = own ? queries + (i - end) * kPitch<kDim> : keys + i * kPitch<kDim>;
+        row.plain_to = values + i * kPitch<kDim>;
+        row.dot_to = nullptr;
+        return row;
+      });
   __syncthreads();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

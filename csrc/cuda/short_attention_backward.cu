@@ -19,6 +19,10 @@ constexpr int kBackwardThreads = 256;
 constexpr int kWarps = kBackwardThreads / 32;
 constexpr int kRowsPerWarp = kMaxOwnRows / kWarps;  // at most
 
+// Beyond 32 tokens the loads take several rounds anyway, and two blocks have to fit a multiprocessor.
+template <typename scalar_t, int kKeys>
+constexpr int kBackwardInFlight = kKeys == 1 ? kInFlight<kBackwardThreads, scalar_t> : 1;
+
 // A warp's gradient of a rotated row, column lane + 32 m in values[m], turned back and written.
 template <int kDim, typename scalar_t>
 __device__ __forceinline__ void store_turned_back(const float (&values)[kDim / 32],
@@ -32,7 +36,7 @@ __device__ __forceinline__ void store_turned_back(const float (&values)[kDim / 3
   for (int m = 0; m < kPer; ++m) {
     const int column = lane + 32 * m;
     const bool low = column < kDim / 2;
-    const int64_t angle = static_cast<int64_t>(position) * kDim + column % (kDim / 2) + kDim / 2;
+    const int angle = position * kDim + column % (kDim / 2) + kDim / 2;
     const float other = kPer == 1 ? __shfl_xor_sync(kFullWarp, values[m], 16) : values[(m + kPer / 2) % kPer];
     to[column] = from_float<scalar_t>(fmaf(other, low ? sin[angle] : -sin[angle], values[m] * cos[angle]));
   }
@@ -47,7 +51,7 @@ __device__ __forceinline__ void backward_queries(const ShortAttentionBackwardArg
                                                  int own_rows,
                                                  float scale,
                                                  float* shared) {
-  constexpr int kPer = kDim / 32;
+  constexpr int kPer = kDim / 32, kBatch = kBackwardInFlight<scalar_t, kKeys>;
   const int T = static_cast<int>(args.shape.T);
   const int heads = args.shape.num_heads, kv_heads = args.shape.num_kv_heads;
   const int kv_head = heads == kv_heads ? head : head / (heads / kv_heads);
@@ -58,8 +62,8 @@ __device__ __forceinline__ void backward_queries(const ShortAttentionBackwardArg
   float* grads = queries + own_rows * kPitch<kDim>;
   float* weights = grads + own_rows * kPitch<kDim>;
 
-  const int64_t pitch = static_cast<int64_t>(heads + 2 * kv_heads) * kDim;
-  const scalar_t* tokens = static_cast<const scalar_t*>(args.qkv) + batch * T * pitch;
+  const int pitch = (heads + 2 * kv_heads) * kDim;
+  const scalar_t* tokens = static_cast<const scalar_t*>(args.qkv) + batch * (T * pitch);
   const scalar_t* grad_tokens = static_cast<const scalar_t*>(args.grad_out) + batch * T * heads * kDim;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // Fetched along with the rows, not when a warp comes to need it.
@@ -67,25 +71,26 @@ __device__ __forceinline__ void backward_queries(const ShortAttentionBackwardArg
   float lse[kRowsPerWarp];
 #pragma unroll
   for (int r = 0; r < kRowsPerWarp; ++r) lse[r] = all_lse[min(first + warp + r * kWarps, T - 1)];
-  load_rows<kBackwardThreads, kDim, false, scalar_t>(end + end - first, args.cos, args.sin, [&](int i) {
-    const bool own = i >= end;
-    const int position = own ? i - end + first : i;
-    const scalar_t* token = tokens + position * pitch;
-    Row<scalar_t> row;
-    row.turned = token + (own ? head : heads + kv_head) * kDim;
-    row.plain = own ? grad_tokens + (static_cast<int64_t>(position) * heads + head) * kDim
-                    : token + (heads + kv_heads + kv_head) * kDim;
-    row.out = nullptr;
-    row.position = position;
-    row.turned_to = (own ? queries + (i - end) * kPitch<kDim> : keys + i * kPitch<kDim>);
-    row.plain_to = (own ? grads + (i - end) * kPitch<kDim> : values + i * kPitch<kDim>);
-    row.dot_to = nullptr;
-    return row;
-  });
+  load_rows<kBackwardThreads, kBatch, kDim, false, scalar_t>(
+      end + end - first, args.cos, args.sin, [&](int i) {
+        const bool own = i >= end;
+        const int position = own ? i - end + first : i;
+        const scalar_t* token = tokens + position * pitch;
+        Row<scalar_t> row;
+        row.turned = token + (own ? head : heads + kv_head) * kDim;
+        row.plain = own ? grad_tokens + (position * heads + head) * kDim
+                        : token + (heads + kv_heads + kv_head) * kDim;
+        row.out = nullptr;
+        row.position = position;
+        row.turned_to = (own ? queries + (i - end) * kPitch<kDim> : keys + i * kPitch<kDim>);
+        row.plain_to = (own ? grads + (i - end) * kPitch<kDim> : values + i * kPitch<kDim>);
+        row.dot_to = nullptr;
+        return row;
+      });
   __syncthreads();
 
   float* mine = weights + warp * (32 * kKeys);
-  scalar_t* to = static_cast<scalar_t*>(args.grad_qkv) + batch * T * pitch + head * kDim;
+  scalar_t* to = static_cast<scalar_t*>(args.grad_qkv) + batch * (T * pitch) + head * kDim;
 #pragma unroll
   for (int r = 0; r < kRowsPerWarp; ++r) {
     const int i = first + warp + r * kWarps;
@@ -128,7 +133,7 @@ __device__ __forceinline__ void backward_keys(const ShortAttentionBackwardArgs& 
                                               int own_rows,
                                               float scale,
                                               float* shared) {
-  constexpr int kPer = kDim / 32;
+  constexpr int kPer = kDim / 32, kBatch = kBackwardInFlight<scalar_t, kKeys>;
   const int T = static_cast<int>(args.shape.T);
   const int heads = args.shape.num_heads, kv_heads = args.shape.num_kv_heads;
   const int group = heads / kv_heads;
@@ -141,9 +146,10 @@ __device__ __forceinline__ void backward_keys(const ShortAttentionBackwardArgs& 
   float* weights = values + own_rows * kPitch<kDim>;
   float* delta = weights + kWarps * (2 * 32 * kKeys);
 
-  const int64_t pitch = static_cast<int64_t>(heads + 2 * kv_heads) * kDim;
-  const scalar_t* tokens = static_cast<const scalar_t*>(args.qkv) + batch * T * pitch;
-  const int64_t out_tokens = batch * T * heads * kDim;
+  const int pitch = (heads + 2 * kv_heads) * kDim;
+  const scalar_t* tokens = static_cast<const scalar_t*>(args.qkv) + batch * (T * pitch);
+  const scalar_t* out = static_cast<const scalar_t*>(args.out) + batch * (T * heads * kDim);
+  const scalar_t* grad_out = static_cast<const scalar_t*>(args.grad_out) + batch * (T * heads * kDim);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float2* mine = reinterpret_cast<float2*>(weights) + warp * (32 * kKeys);  // (p, dS)
   float dk[kRowsPerWarp][kPer] = {}, dv[kRowsPerWarp][kPer] = {};
@@ -155,17 +161,16 @@ __device__ __forceinline__ void backward_keys(const ShortAttentionBackwardArgs& 
 #pragma unroll
     for (int m = 0; m < kKeys; ++m) lse[m] = all_lse[min(lane + 32 * m, seen_by - 1)];
     if (member > 0) __syncthreads();  // everyone is done with the last head's rows
-    load_rows<kBackwardThreads, kDim, true, scalar_t>(
+    load_rows<kBackwardThreads, kBatch, kDim, true, scalar_t>(
         seen_by + (member == 0 ? own : 0), args.cos, args.sin, [&](int i) {
           const bool is_key = i >= seen_by;
           const int position = first + (is_key ? i - seen_by : i);
           const scalar_t* token = tokens + position * pitch;
-          const int64_t out_row = out_tokens + (static_cast<int64_t>(position) * heads + head) * kDim;
+          const int out_row = (position * heads + head) * kDim;
           Row<scalar_t> row;
           row.turned = token + (is_key ? heads + kv_head : head) * kDim;
-          row.plain = is_key ? token + (heads + kv_heads + kv_head) * kDim
-                             : static_cast<const scalar_t*>(args.grad_out) + out_row;
-          row.out = is_key ? nullptr : static_cast<const scalar_t*>(args.out) + out_row;
+          row.plain = is_key ? token + (heads + kv_heads + kv_head) * kDim : grad_out + out_row;
+          row.out = is_key ? nullptr : out + out_row;
           row.position = position;
           row.turned_to = (is_key ? keys + (i - seen_by) * kPitch<kDim> : queries + i * kPitch<kDim>);
           row.plain_to = (is_key ? values + (i - seen_by) * kPitch<kDim> : grads + i * kPitch<kDim>);
@@ -203,7 +208,7 @@ __device__ __forceinline__ void backward_keys(const ShortAttentionBackwardArgs& 
     }
   }
 
-  scalar_t* to = static_cast<scalar_t*>(args.grad_qkv) + batch * T * pitch + (heads + kv_head) * kDim;
+  scalar_t* to = static_cast<scalar_t*>(args.grad_qkv) + batch * (T * pitch) + (heads + kv_head) * kDim;
 #pragma unroll
   for (int r = 0; r < kRowsPerWarp; ++r) {
     const int key = warp + r * kWarps;
@@ -216,7 +221,7 @@ __device__ __forceinline__ void backward_keys(const ShortAttentionBackwardArgs& 
 }
 
 template <typename scalar_t, int kDim, int kKeys>
-__global__ void __launch_bounds__(kBackwardThreads, 1)
+__global__ void __launch_bounds__(kBackwardThreads, kDim == 32 ? 1 : 2)
     short_attention_backward_kernel(const ShortAttentionBackwardArgs args, int own_rows, float scale) {
   extern __shared__ __align__(16) float shared[];
   wait_for_previous_kernel();

@@ -31,15 +31,14 @@ struct Row {
 };
 
 // Loads `count` rows, row i being row_of(i), by all threads; no barrier. A thread holds the two parts of a
-// row that rotate into each other.
-template <int kThreads, int kDim, bool kDot, typename scalar_t, typename RowOf>
+// row that rotate into each other, and kBatch of these in flight.
+template <int kThreads, int kBatch, int kDim, bool kDot, typename scalar_t, typename RowOf>
 __device__ __forceinline__ void load_rows(int count,
                                           const float* __restrict__ cos,
                                           const float* __restrict__ sin,
                                           const RowOf& row_of) {
   constexpr int kVec = 16 / static_cast<int>(sizeof(scalar_t));
   constexpr int kUnits = kDim / 2 / kVec;  // threads of a row, a power of two
-  constexpr int kBatch = kInFlight<kThreads, scalar_t>;
   const int total = count * kUnits;
 #pragma unroll 1
   for (int base = 0; base < total; base += kThreads * kBatch) {
@@ -51,7 +50,7 @@ __device__ __forceinline__ void load_rows(int count,
       if (unit >= total) continue;
       const Row<scalar_t> row = row_of(unit / kUnits);
       const int i = unit % kUnits * kVec;
-      const int64_t angle = static_cast<int64_t>(row.position) * kDim + kDim / 2 + i;
+      const int angle = row.position * kDim + kDim / 2 + i;
       load_floats(cos + angle, kVec, true, c[n]);
       load_floats(sin + angle, kVec, true, s[n]);
 #pragma unroll
@@ -105,7 +104,7 @@ __device__ __forceinline__ void load_rows(int count,
 template <int kDim>
 __device__ __forceinline__ float dot_rows(const float* x, const float* y) {
   float sums[4] = {};
-#pragma unroll
+#pragma unroll 8
   for (int i = 0; i < kDim; i += 4) {
     const float4 u = *reinterpret_cast<const float4*>(x + i), v = *reinterpret_cast<const float4*>(y + i);
     sums[0] = fmaf(u.x, v.x, sums[0]);
