@@ -3,9 +3,8 @@
 Shapes: M tokens, N out_features, K in_features. Activations keep their leading dimensions.
 """
 
-from bitnet_ext.ops.bit_linear import add_bit_linear, add_bit_linear_ref, bit_linear, bit_linear_ref
 from bitnet_ext.ops.attention import rotary_attention, rotary_attention_ref
-from bitnet_ext.ops.bit_linear import bit_linear, bit_linear_ref
+from bitnet_ext.ops.bit_linear import add_bit_linear, add_bit_linear_ref, bit_linear, bit_linear_ref
 from bitnet_ext.ops.fused_quantize import (
     add_rms_norm_quantize,
     add_rms_norm_quantize_ref,
