@@ -66,6 +66,24 @@ __device__ __forceinline__ void norm_backward_rows(const typename Policy::Args& 
     for (int i = 0; i < kChunk; ++i) v[i] *= gains[i];
   };
 
+  const auto load_row = [&](int64_t row, Raw(&raw)[kSlots], GradChunk(&grad)[kSlots], float& rstd) {
+    if (row >= end) return;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const int64_t k = k0 + s * Shape::kStep;
+      if (k >= K) continue;
+      grad[s].load(norm.grad_y, row, k, K);
+      raw[s].load(args, row, k);
+    }
+    if (norm.normalize) rstd = norm.rstd[row];
+  };
+  // The next row is under way while this one is computed, where there are registers for both.
+  constexpr bool kAhead = kSlots * Shape::kWords <= 8 && kWhole && !Shape::kLoops;
+  Raw next_raw[kAhead ? kSlots : 1];
+  GradChunk next_grad[kAhead ? kSlots : 1];
+  float next_rstd = 0.0f;
+  if constexpr (kAhead) load_row(begin + group, next_raw, next_grad, next_rstd);
+
   int turn = 0;
   for (int64_t first = begin; first < end; first += Shape::kRows, turn ^= 1) {
     const int64_t row = first + group;
@@ -73,15 +91,13 @@ __device__ __forceinline__ void norm_backward_rows(const typename Policy::Args& 
     Raw raw[kSlots];
     GradChunk grad[kSlots];
     float rstd = 0.0f, mean = 0.0f;
-    if (live) {
+    if constexpr (kAhead) {
 #pragma unroll
-      for (int s = 0; s < kSlots; ++s) {
-        const int64_t k = k0 + s * Shape::kStep;
-        if (k >= K) continue;
-        grad[s].load(norm.grad_y, row, k, K);
-        raw[s].load(args, row, k);
-      }
-      if (norm.normalize) rstd = norm.rstd[row];
+      for (int s = 0; s < kSlots; ++s) raw[s] = next_raw[s], grad[s] = next_grad[s];
+      rstd = next_rstd;
+      load_row(row + Shape::kRows, next_raw, next_grad, next_rstd);
+    } else {
+      load_row(row, raw, grad, rstd);
     }
     if (norm.normalize) {
       float dot = 0.0f;

@@ -144,12 +144,15 @@ cudaError_t dispatch_chunk_shape(int64_t K, bool whole, bool narrow, Body&& body
   if (K <= 256) return body(ChunkShape<32, 1, true>{});
   if (K <= 512) return body(ChunkShape<32, 2, true>{});
   if (K <= 1024) return body(ChunkShape<128, 1, true>{});
+  if constexpr (kHasNarrow) {
+    if (narrow && K <= 2048) return body(ChunkShape<256, 1, true, false, 4>{});
+    if (narrow && K <= 4096) return body(ChunkShape<256, 2, true, false, 4>{});
+    if (narrow && K <= 8192) return body(ChunkShape<512, 2, true, false, 4>{});
+    if (narrow && K <= 16384) return body(ChunkShape<512, 4, true, false, 4>{});
+  }
   if (K <= 2048) return body(ChunkShape<256, 1, true>{});
   if (K <= 4096) return body(ChunkShape<256, 2, true>{});
   if (K <= 8192) return body(ChunkShape<512, 2, true>{});
-  if constexpr (kHasNarrow) {
-    if (K <= 16384 && narrow) return body(ChunkShape<512, 4, true, false, 4>{});
-  }
   return body(ChunkShape<256, 2, true, true>{});
 }
 
