@@ -149,7 +149,30 @@ def _bit_linear_backward(ctx: Any, grad_y: Tensor | None, *_unused: Tensor | Non
     return grad_x, grad_weights, None, None, grad_bias, grad_gain, None, None, None, None
 
 
+# --- short_attention -----------------------------------------------------------------------------------------
+
+
+def _short_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cos, sin, num_heads, num_kv_heads = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, cos, sin, out, lse)
+    ctx.heads = (num_heads, num_kv_heads)
+
+
+def _short_attention_backward(
+    ctx: Any, grad_out: Tensor | None, _lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 5
+    qkv, cos, sin, out, lse = ctx.saved_tensors
+    grad_qkv = _ops.short_attention_backward(grad_out.contiguous(), qkv, cos, sin, out, lse, *ctx.heads)
+    return grad_qkv, None, None, None, None
+
+
 #: Of each operator: what it saves, and its backward.
 FORMULAS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "bit_linear": (_bit_linear_setup, _bit_linear_backward),
+    "short_attention": (_short_attention_setup, _short_attention_backward),
 }

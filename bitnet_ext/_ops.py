@@ -287,6 +287,42 @@ def _skinny_mm_tn_(out: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) 
     return None
 
 
+def _short_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    out = qkv.new_empty((B, T, width // (num_heads + 2 * num_kv_heads) * num_heads))
+    return out, qkv.new_empty((B, num_heads, T), dtype=torch.float32)
+
+
+def _short_attention_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _rotary_query_key(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    head_dim = width // (num_heads + 2 * num_kv_heads)
+    return qkv.new_empty((B, T, num_heads, head_dim)), qkv.new_empty((B, T, num_kv_heads, head_dim))
+
+
+def _rotary_query_key_backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    B, T, num_heads, head_dim = grad_query.shape
+    return grad_query.new_empty((B, T, (num_heads + 2 * grad_key.shape[2]) * head_dim))
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_act_int8": _quantize_act_int8,
     "rms_norm_quantize": _rms_norm_quantize,
@@ -325,6 +361,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "skinny_mm_nt_": _skinny_mm,
     "skinny_mm_nn_": _skinny_mm,
     "skinny_mm_tn_": _skinny_mm_tn_,
+    "short_attention": _short_attention,
+    "short_attention_backward": _short_attention_backward,
+    "rotary_query_key": _rotary_query_key,
+    "rotary_query_key_backward": _rotary_query_key_backward,
 }
 
 

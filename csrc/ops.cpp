@@ -112,6 +112,23 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   // Asks the system for large pages behind a tensor that is about to be written first. Without effect where
   // there are none.
   m.def("_prefer_huge_pages(Tensor tensor) -> ()");
+  // --- attention, on CUDA only: the caller composes it of PyTorch's operators elsewhere ---
+  // qkv [B, T, (num_heads + 2 num_kv_heads) D] stacks queries, keys and values; cos, sin float32 [T, D] of
+  // rotary_table. Short: T <= 128 and T D <= 8192, D = 32, 64 or 128. lse float32 [B, num_heads, T].
+  m.def(
+      "short_attention(Tensor qkv, Tensor cos, Tensor sin, int num_heads, int num_kv_heads) -> "
+      "(Tensor out, Tensor lse)");
+  m.def(
+      "short_attention_backward(Tensor grad_out, Tensor qkv, Tensor cos, Tensor sin, Tensor out, Tensor lse, "
+      "int num_heads, int num_kv_heads) -> Tensor");
+  // (query [B, T, num_heads, D], key [B, T, num_kv_heads, D]), rotated; its backward takes such gradients of
+  // query, key and value, D contiguous, and returns that of qkv.
+  m.def(
+      "rotary_query_key(Tensor qkv, Tensor cos, Tensor sin, int num_heads, int num_kv_heads) -> "
+      "(Tensor query, Tensor key)");
+  m.def(
+      "rotary_query_key_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, "
+      "Tensor sin) -> Tensor");
   // --- settings of the process, for tests and bug reports ---
   m.def("_cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");

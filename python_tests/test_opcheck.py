@@ -10,7 +10,8 @@ import torch
 from bitnet_ext import _ops, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-#: The CPU's products read the packed form, and it can look at a scale.
+#: The CPU's products read the packed form, its attention is composed of PyTorch's operators, and it can look at a
+#: scale.
 CUDA_ONLY = {
     "prepacked_mm",
     "prepacked_mm_int32",
@@ -19,6 +20,10 @@ CUDA_ONLY = {
     "skinny_mm_nt_",
     "skinny_mm_nn_",
     "skinny_mm_tn_",
+    "short_attention",
+    "short_attention_backward",
+    "rotary_query_key",
+    "rotary_query_key_backward",
 }
 
 
@@ -45,6 +50,9 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         torch.empty(1, dtype=torch.float64, device=device),
         torch.tensor([-1.0, 0, 0, 0], dtype=torch.float64, device=device),
     )
+    angle = make(M, 16)
+    cos, sin = torch.cat((angle.cos(),) * 2, 1), torch.cat((-angle.sin(), angle.sin()), 1)
+    qkv, out, lse = make(2, M, 4 * 32), make(2, M, 2 * 32), make(2, 2, M)
     return {
         "quantize_act_int8": (x,),
         "rms_norm_quantize": (x, gain, 1e-5),
@@ -126,6 +134,10 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             True,
             True,
         ),
+        "short_attention": (qkv.clone().requires_grad_(), cos, sin, 2, 1),
+        "short_attention_backward": (make(2, M, 2 * 32), qkv, cos, sin, out, lse, 2, 1),
+        "rotary_query_key": (qkv, cos, sin, 2, 1),
+        "rotary_query_key_backward": (make(2, M, 2, 32), make(2, M, 1, 32), make(2, M, 1, 32), cos, sin),
     }
 
 

@@ -3,6 +3,7 @@
 Shapes: M tokens, N out_features, K in_features. Activations keep their leading dimensions.
 """
 
+from bitnet_ext.ops.attention import rotary_attention, rotary_attention_ref
 from bitnet_ext.ops.bit_linear import bit_linear, bit_linear_ref
 from bitnet_ext.ops.fused_quantize import (
     add_rms_norm_quantize,
@@ -134,6 +135,8 @@ __all__ = [
     "rms_norm_backward_ref",
     "rms_norm_quantize",
     "rms_norm_quantize_ref",
+    "rotary_attention",
+    "rotary_attention_ref",
     "skinny_mm_nn",
     "skinny_mm_nn_ref",
     "skinny_mm_nt",
