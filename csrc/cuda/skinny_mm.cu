@@ -12,6 +12,7 @@
 #include "cuda/common/launch.cuh"
 #include "cuda/common/two_pieces.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/mma_float.cuh"
@@ -24,49 +25,58 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTokens = static_cast<int>(kSkinnyTokens);
 
+// Keeps the compiler from holding what it loaded before for when it is loaded again.
+__device__ __forceinline__ void forget_loads() {
+  asm volatile("" ::: "memory");
+}
+
 // hi hi apart from the two small products.
 struct Sums {
   float large[4] = {}, small[4] = {};
-  __device__ __forceinline__ void add(const uint32_t (&a_hi)[4],
-                                      const uint32_t (&a_lo)[4],
-                                      const uint32_t (&b_hi)[2],
-                                      const uint32_t (&b_lo)[2]) {
-    mma_m16n8k16_f16(large, a_hi, b_hi[0], b_hi[1]);
-    mma_m16n8k16_f16(small, a_hi, b_lo[0], b_lo[1]);
-    mma_m16n8k16_f16(small, a_lo, b_hi[0], b_hi[1]);
-  }
   __device__ __forceinline__ float operator[](int i) const {
     return large[i] + small[i];
   }
 };
 
 // Streams tiles blockIdx.x, + gridDim.x, ...: while one is multiplied from shared memory, the next one's
-// pieces are written beside it and the one after that is on its way to registers.
+// pieces are written beside it, and the two after that are on their way to shared memory.
 template <typename Stream>
 __device__ __forceinline__ void stream_tiles(Stream& stream, int num_tiles) {
   const int stride = static_cast<int>(gridDim.x);
   int tile = static_cast<int>(blockIdx.x);
-  if (tile >= num_tiles) return;
-  stream.load(tile);
-  stream.convert(0);
-  if (tile + stride < num_tiles) stream.load(tile + stride);
+  const auto load = [&](int index, int slot) {
+    if (index < num_tiles) stream.load(index, slot);
+    cp_async_commit();
+  };
+  load(tile, 0);
+  load(tile + stride, 1);
+  stream.hold();
+  cp_async_wait<1>();
+  stream.convert(0, 0);
+  load(tile + 2 * stride, 0);
   __syncthreads();
   for (int buffer = 0; tile < num_tiles; tile += stride, buffer ^= 1) {
     // Half of the warps of each scheduler convert while the others multiply.
-    const bool next = tile + stride < num_tiles, after = tile + 2 * stride < num_tiles;
-    const bool early = threadIdx.x / 128 == 0;
-    if (next && early) {
-      stream.convert(buffer ^ 1);
-      if (after) stream.load(tile + 2 * stride);
+    const bool next = tile + stride < num_tiles, early = threadIdx.x / 128 == 0;
+    if (!early) stream.multiply(tile, buffer);
+    if (next) {
+      cp_async_wait<1>();
+      stream.convert(buffer ^ 1, buffer ^ 1);
     }
-    stream.multiply(tile, buffer);
-    if (next && !early) {
-      stream.convert(buffer ^ 1);
-      if (after) stream.load(tile + 2 * stride);
-    }
+    load(tile + 3 * stride, buffer ^ 1);
+    if (early) stream.multiply(tile, buffer);
     __syncthreads();
   }
 }
+
+// A thread's copies of a tile, in one of two slots: it reads back what it copied itself, so no barrier is
+// needed.
+template <int kUnits>
+__device__ __forceinline__ uint8_t* copied(uint8_t* copies, int slot, int unit) {
+  return copies + ((slot * kUnits + unit) * kThreads + threadIdx.x) * 16;
+}
+template <int kUnits>
+constexpr int kCopyBytes = 2 * kUnits * kThreads * 16;
 
 // --- nt ----------------------------------------------------------------------------------------------------
 
@@ -77,7 +87,9 @@ struct NtTraits {
   static constexpr int kPlaneBytes = 2 * kCols;
   static constexpr int kRowBytes = 2 * kPlaneBytes + 16;  // 8 rows start in 8 different groups of 4 banks
   static constexpr int kBufferBytes = kTile * kRowBytes;
-  static constexpr int kSharedBytes = 2 * (kBufferBytes + kTile * 4);
+  static constexpr int kUnits = kCols / 32;  // of 16 bytes a thread copies
+  static constexpr int kCopies = 2 * (kBufferBytes + kTile * 4);
+  static constexpr int kSharedBytes = kCopies + kCopyBytes<kUnits>;
 };
 
 // Warp w has tokens 16 w .. of the block's 128, and loads rows 4 w .. 4 w + 3 of a tile.
@@ -92,9 +104,11 @@ struct NtStream {
   int first_t;
   uint32_t hi[kSteps][4], lo[kSteps][4];
   float down[2];
-  float4 stage[4][kParts];
 
-  __device__ __forceinline__ NtStream(const SkinnyArgs& a, uint8_t* memory) : args(a), shared(memory) {
+  __device__ __forceinline__ NtStream(const SkinnyArgs& a, uint8_t* memory) : args(a), shared(memory) {}
+
+  // The fragments of `hidden`.
+  __device__ __forceinline__ void hold() {
     const int g = lane / 4, t = lane % 4;
     first_t = blockIdx.y * kTokens + 16 * warp + g;
 #pragma unroll
@@ -107,13 +121,14 @@ struct NtStream {
       };
       // Read twice, because as fp32 numbers they would need twice the registers.
       uint32_t top = 0;
-#pragma unroll
+#pragma unroll 8
       for (int s = 0; s < 2 * kSteps; ++s) {
         const float2 pair = load(8 * s);
         top = max(top, max(magnitude(pair.x), magnitude(pair.y)));
       }
       const Scale scale(lanes_max<1, 2>(top));
       down[half] = scale.down();
+      forget_loads();
 #pragma unroll
       for (int s = 0; s < 2 * kSteps; ++s) {
         const float2 pair = load(8 * s);
@@ -128,7 +143,7 @@ struct NtStream {
     return reinterpret_cast<float*>(shared + 2 * Traits::kBufferBytes) + buffer * Traits::kTile;
   }
 
-  __device__ __forceinline__ void load(int tile) {
+  __device__ __forceinline__ void load(int tile, int slot) {
     const int first_v = tile * Traits::kTile + 4 * warp;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -136,23 +151,29 @@ struct NtStream {
       for (int part = 0; part < kParts; ++part) {
         const int col = part * 128 + lane * 4;
         const bool exists = first_v + r < args.V && col < args.H;
-        stage[r][part] =
-            load_4(args.weight + static_cast<int64_t>(first_v + r) * args.H + col, exists ? 4 : 0);
+        cp_async_16(copied<Traits::kUnits>(shared + Traits::kCopies, slot, r * kParts + part),
+                    args.weight + static_cast<int64_t>(first_v + r) * args.H + col,
+                    exists);
       }
     }
   }
 
-  __device__ __forceinline__ void convert(int buffer) {
+  __device__ __forceinline__ void convert(int buffer, int slot) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
+      float4 values[kParts];
       uint32_t top = 0;
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) top = max(top, magnitude(stage[r][part]));
+      for (int part = 0; part < kParts; ++part) {
+        values[part] = *reinterpret_cast<const float4*>(
+            copied<Traits::kUnits>(shared + Traits::kCopies, slot, r * kParts + part));
+        top = max(top, magnitude(values[part]));
+      }
       const Scale scale(__reduce_max_sync(kFullWarp, top));
       uint8_t* row = shared + buffer * Traits::kBufferBytes + (4 * warp + r) * Traits::kRowBytes + lane * 8;
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        split_to(stage[r][part], scale.up(), row + part * 256, row + part * 256 + Traits::kPlaneBytes);
+        split_to(values[part], scale.up(), row + part * 256, row + part * 256 + Traits::kPlaneBytes);
       }
       if (lane == 0) scales(buffer)[4 * warp + r] = scale.down();
     }
@@ -164,14 +185,28 @@ struct NtStream {
     Sums sums[kTiles];
     const uint8_t* corner = shared + buffer * Traits::kBufferBytes + lane % 8 * Traits::kRowBytes +
                             lane / 16 * Traits::kPlaneBytes + lane / 8 % 2 * 16;
+    // The fragments of half a step are read while the half before is multiplied.
+    constexpr int kHalf = kTiles / 2;
+    uint32_t b[2][kHalf][4];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
+    for (int j = 0; j < kHalf; ++j) ldmatrix_x4(b[0][j], corner + j * 8 * Traits::kRowBytes);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        uint32_t b[4];
-        ldmatrix_x4(b, corner + j * 8 * Traits::kRowBytes + s * 32);
-        sums[j].add(hi[s], lo[s], {b[0], b[1]}, {b[2], b[3]});
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      const int s = i / 2, first = i % 2 * kHalf;
+      if (i + 1 < 2 * kSteps) {
+#pragma unroll
+        for (int j = 0; j < kHalf; ++j) {
+          ldmatrix_x4(b[(i + 1) % 2][j],
+                      corner + (kHalf - first + j) * 8 * Traits::kRowBytes + (i + 1) / 2 * 32);
+        }
       }
+      uint32_t(&now)[kHalf][4] = b[i % 2];
+#pragma unroll
+      for (int j = 0; j < kHalf; ++j) mma_m16n8k16_f16(sums[first + j].small, hi[s], now[j][2], now[j][3]);
+#pragma unroll
+      for (int j = 0; j < kHalf; ++j) mma_m16n8k16_f16(sums[first + j].large, hi[s], now[j][0], now[j][1]);
+#pragma unroll
+      for (int j = 0; j < kHalf; ++j) mma_m16n8k16_f16(sums[first + j].small, lo[s], now[j][0], now[j][1]);
     }
     const int t = lane % 4;
 #pragma unroll
@@ -198,7 +233,9 @@ struct TnTraits {
   static constexpr int kRowBytes = 144;  // 64 fp16 and what spreads 8 rows over the banks
   static constexpr int kPlaneBytes = kTokens * kRowBytes;
   static constexpr int kBufferBytes = 2 * kPlaneBytes;
-  static constexpr int kSharedBytes = 2 * (kBufferBytes + kTile * 4) + kHidden * 4;
+  static constexpr int kUnits = 8;  // of 16 bytes a thread copies
+  static constexpr int kCopies = 2 * (kBufferBytes + kTile * 4) + kHidden * 4;
+  static constexpr int kSharedBytes = kCopies + kCopyBytes<kUnits>;
 };
 
 // Warp w has columns 32 w .. of the result, lane (g, t) 4 g .. of these as operand; it loads columns 8 w ..
@@ -213,10 +250,12 @@ struct TnStream {
   bool accumulate;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t hi[kSteps][4][2], lo[kSteps][4][2];
-  float4 stage[8];
 
   __device__ __forceinline__ TnStream(const SkinnyArgs& a, uint8_t* memory, int first)
-      : args(a), shared(memory), first_token(first), accumulate(a.accumulate || first > 0) {
+      : args(a), shared(memory), first_token(first), accumulate(a.accumulate || first > 0) {}
+
+  // The fragments of `hidden`.
+  __device__ __forceinline__ void hold() {
     const int g = lane / 4, t = lane % 4;
     const int col = 32 * warp + 4 * g;
     const auto load = [&](int step, int i) {
@@ -241,6 +280,7 @@ struct TnStream {
       up[j] = scale.up();
       if (t == 0) column_scales()[col + j] = scale.down();
     }
+    forget_loads();
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
@@ -263,17 +303,24 @@ struct TnStream {
     return scales(2);
   }
 
-  __device__ __forceinline__ void load(int tile) {
+  __device__ __forceinline__ void load(int tile, int slot) {
     const int v = tile * Traits::kTile + 8 * warp + lane % 2 * 4;
+    const int bytes = 4 * max(0, min(4, args.V - v));
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < Traits::kUnits; ++i) {
       const int token = first_token + 16 * i + lane / 2;
-      stage[i] =
-          load_4(args.grad + static_cast<int64_t>(token) * args.stride + v, token < args.T ? args.V - v : 0);
+      cp_async_16_bytes(copied<Traits::kUnits>(shared + Traits::kCopies, slot, i),
+                        args.grad + static_cast<int64_t>(token) * args.stride + v,
+                        token < args.T ? bytes : 0);
     }
   }
 
-  __device__ __forceinline__ void convert(int buffer) {
+  __device__ __forceinline__ void convert(int buffer, int slot) {
+    float4 stage[Traits::kUnits];
+#pragma unroll
+    for (int i = 0; i < Traits::kUnits; ++i) {
+      stage[i] = *reinterpret_cast<const float4*>(copied<Traits::kUnits>(shared + Traits::kCopies, slot, i));
+    }
     uint32_t top[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -306,13 +353,23 @@ struct TnStream {
 #pragma unroll 1
     for (int i = 0; i < Traits::kTile / 16; ++i) {
       Sums sums[4];
+      uint32_t a_hi[2][4], a_lo[2][4];
+      ldmatrix_x4_transposed(a_hi[0], corner + i * 32);
+      ldmatrix_x4_transposed(a_lo[0], corner + i * 32 + Traits::kPlaneBytes);
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        uint32_t a_hi[4], a_lo[4];
-        ldmatrix_x4_transposed(a_hi, corner + 16 * s * Traits::kRowBytes + i * 32);
-        ldmatrix_x4_transposed(a_lo, corner + 16 * s * Traits::kRowBytes + i * 32 + Traits::kPlaneBytes);
+        if (s + 1 < kSteps) {
+          const uint8_t* next = corner + 16 * (s + 1) * Traits::kRowBytes + i * 32;
+          ldmatrix_x4_transposed(a_hi[(s + 1) % 2], next);
+          ldmatrix_x4_transposed(a_lo[(s + 1) % 2], next + Traits::kPlaneBytes);
+        }
+        const int now = s % 2;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j].add(a_hi, a_lo, hi[s][j], lo[s][j]);
+        for (int j = 0; j < 4; ++j) mma_m16n8k16_f16(sums[j].large, a_hi[now], hi[s][j][0], hi[s][j][1]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_m16n8k16_f16(sums[j].small, a_hi[now], lo[s][j][0], lo[s][j][1]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_m16n8k16_f16(sums[j].small, a_lo[now], hi[s][j][0], hi[s][j][1]);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -9,6 +9,7 @@
 #include "cuda/common/launch.cuh"
 #include "cuda/common/two_pieces.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/mma_float.cuh"
@@ -32,7 +33,9 @@ struct NnTraits {
   static constexpr int kPlaneBytesB = kChunk * kRowBytesB;
   static constexpr int kBufferBytes = kBytesA + 2 * kPlaneBytesB;
   static constexpr int kScales = kTokens + kCols;
-  static constexpr int kSharedBytes = 2 * (kBufferBytes + kScales * 4);
+  static constexpr int kCopies = 2 * (kBufferBytes + kScales * 4);
+  static constexpr int kUnits = 2 * kLanes;  // of 16 bytes a thread copies
+  static constexpr int kSharedBytes = kCopies + 2 * kUnits * kThreads * 16;
 };
 
 // Warp w multiplies tokens 32 (w % 4) .. by columns 32 (w / 4) ..; it loads 8 tokens of a chunk of grad and 8
@@ -52,24 +55,38 @@ __global__ void __launch_bounds__(NnTraits::kThreads, 1)
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  float4 grad[kLanes], weight[kLanes];
-  const auto load = [&](int chunk) {
-    const int first_v = chunk * Traits::kChunk;
+  // A thread reads back what it copied itself, so the copies need no barrier.
+  const auto copied = [&](int slot, int unit) {
+    return shared + Traits::kCopies + ((slot * Traits::kUnits + unit) * Traits::kThreads + threadIdx.x) * 16;
+  };
+  const auto load = [&](int chunk, int slot) {
+    if (chunk < end) {
+      const int first_v = chunk * Traits::kChunk;
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      const int token = first_t + 4 * kLanes * warp + 4 * i + lane / 8, v = first_v + lane % 8 * 4;
-      grad[i] =
-          load_4(args.grad + static_cast<int64_t>(token) * args.stride + v, token < args.T ? args.V - v : 0);
-      const int row = first_v + 32 / kLanes * i + lane / kLanes;
-      const int col = first_h + 4 * kLanes * warp + lane % kLanes * 4;
-      weight[i] = load_4(args.weight + static_cast<int64_t>(row) * args.H + col,
-                         row < args.V && col < args.H ? 4 : 0);
+      for (int i = 0; i < kLanes; ++i) {
+        const int token = first_t + 4 * kLanes * warp + 4 * i + lane / 8, v = first_v + lane % 8 * 4;
+        cp_async_16_bytes(copied(slot, i),
+                          args.grad + static_cast<int64_t>(token) * args.stride + v,
+                          token < args.T ? 4 * max(0, min(4, args.V - v)) : 0);
+        const int row = first_v + 32 / kLanes * i + lane / kLanes;
+        const int col = first_h + 4 * kLanes * warp + lane % kLanes * 4;
+        cp_async_16(copied(slot, kLanes + i),
+                    args.weight + static_cast<int64_t>(row) * args.H + col,
+                    row < args.V && col < args.H);
+      }
     }
+    cp_async_commit();
   };
   const auto scales = [&](int buffer) {
     return reinterpret_cast<float*>(shared + 2 * Traits::kBufferBytes) + buffer * Traits::kScales;
   };
-  const auto convert = [&](int buffer) {
+  const auto convert = [&](int buffer, int slot) {
+    float4 grad[kLanes], weight[kLanes];
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      grad[i] = *reinterpret_cast<const float4*>(copied(slot, i));
+      weight[i] = *reinterpret_cast<const float4*>(copied(slot, kLanes + i));
+    }
     uint8_t* a = shared + buffer * Traits::kBufferBytes;
     uint8_t* b = a + Traits::kBytesA;
 #pragma unroll
@@ -146,24 +163,23 @@ __global__ void __launch_bounds__(NnTraits::kThreads, 1)
     }
   };
 
-  if (begin < end) {
-    load(begin);
-    convert(0);
-    if (begin + 1 < end) load(begin + 1);
-  }
+  load(begin, 0);
+  load(begin + 1, 1);
+  cp_async_wait<1>();
+  convert(0, 0);
+  load(begin + 2, 0);
   __syncthreads();
   for (int chunk = begin; chunk < end; ++chunk) {
     const int buffer = (chunk - begin) % 2;
+    // Half of the warps convert while the others multiply.
     const bool early = warp < Traits::kWarps / 2;
-    if (early && chunk + 1 < end) {
-      convert(buffer ^ 1);
-      if (chunk + 2 < end) load(chunk + 2);
+    if (!early) multiply(buffer);
+    if (chunk + 1 < end) {
+      cp_async_wait<1>();
+      convert(buffer ^ 1, buffer ^ 1);
     }
-    multiply(buffer);
-    if (!early && chunk + 1 < end) {
-      convert(buffer ^ 1);
-      if (chunk + 2 < end) load(chunk + 2);
-    }
+    load(chunk + 3, buffer ^ 1);
+    if (early) multiply(buffer);
     __syncthreads();
   }
 

@@ -30,8 +30,9 @@ __device__ __forceinline__ uint32_t lanes_max(uint32_t v) {
   return v;
 }
 
-// A power of two and its inverse for numbers of which `top` is the largest magnitude. Both are normal; what
-// is below 2^-112 is not brought up to 2^14 any more, Inf and NaN count as 2^128.
+// A power of two and its inverse for numbers of which `top` is the largest magnitude. What is below 2^-112 is
+// not brought up to 2^14 any more. With an Inf or NaN the inverse is Inf: the pieces of Inf are finite, so
+// that Inf * b_hi + Inf * b_lo is no NaN, and the sum gets its sign from them.
 struct Scale {
   uint32_t exponent;
   __device__ __forceinline__ explicit Scale(uint32_t top) : exponent(min(268u - (top >> 23), 253u)) {}
@@ -39,7 +40,7 @@ struct Scale {
     return __uint_as_float(exponent << 23);
   }
   __device__ __forceinline__ float down() const {
-    return __uint_as_float((254u - exponent) << 23);
+    return __uint_as_float(exponent == 13u ? 0x7f800000u : (254u - exponent) << 23);
   }
 };
 
@@ -47,15 +48,20 @@ struct Pieces {
   uint32_t hi, lo;
 };
 
+// Rounded to nearest even, the largest fp16 number instead of Inf; NaN stays.
+__device__ __forceinline__ uint32_t finite_half2(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 __device__ __forceinline__ Pieces split(float x, float y, float scale) {
-  // |x - hi| is at most 8; Inf - Inf would spread NaN where PyTorch has Inf.
-  constexpr float kAboveAllRemainders = 64.0f;
   x *= scale, y *= scale;
-  const __half2 hi = __floats2half2_rn(x, y);
-  const float2 back = __half22float2(hi);
-  const __half2 lo =
-      __floats2half2_rn(fminf(x - back.x, kAboveAllRemainders), fminf(y - back.y, kAboveAllRemainders));
-  return {*reinterpret_cast<const uint32_t*>(&hi), *reinterpret_cast<const uint32_t*>(&lo)};
+  Pieces pieces;
+  pieces.hi = finite_half2(x, y);
+  const float2 back = __half22float2(*reinterpret_cast<const __half2*>(&pieces.hi));
+  pieces.lo = finite_half2(x - back.x, y - back.y);
+  return pieces;
 }
 
 // Four neighbours to two places in shared memory.
