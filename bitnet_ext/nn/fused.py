@@ -53,14 +53,23 @@ def norm_linear(
     training = [m for m in layers if isinstance(m, BitLinear) and m.is_quantized and m.norm_weight is None]
     if len(training) == len(layers):
         weights = [m.weight for m in training]
-        bias, codes = _stacked_bias(training), None
+        bias, codes, mode = _stacked_bias(training), None, training[0].backward_mode
         if ops.can_stack(weights):
             codes = cache.get(weights)
         if delta is None:
-            y = ops.bit_linear(x, weights, bias=bias, norm_weight=gain, norm_eps=eps, quantized=codes)
+            y = ops.bit_linear(
+                x, weights, bias=bias, norm_weight=gain, norm_eps=eps, backward=mode, quantized=codes
+            )
         else:
             y, total = ops.add_bit_linear(
-                x, delta, weights, bias=bias, norm_weight=gain, norm_eps=eps, quantized=codes
+                x,
+                delta,
+                weights,
+                bias=bias,
+                norm_weight=gain,
+                norm_eps=eps,
+                backward=mode,
+                quantized=codes,
             )
         return [y], total
 
@@ -95,6 +104,7 @@ def glu_linear(parts: Sequence[Tensor], activation: Activation, layer: nn.Module
             bias=layer.float_bias,
             norm_weight=gain,
             norm_eps=None if gain is None else layer.norm_eps,
+            backward=layer.backward_mode,
             quantized=layer.cache.get([layer.weight]),
         )
     gate, up = parts[0].chunk(2, dim=-1) if len(parts) == 1 else parts

@@ -4,7 +4,14 @@ Shapes: M tokens, N out_features, K in_features. Activations keep their leading 
 """
 
 from bitnet_ext.ops.attention import rotary_attention, rotary_attention_ref
-from bitnet_ext.ops.bit_linear import add_bit_linear, add_bit_linear_ref, bit_linear, bit_linear_ref
+from bitnet_ext.ops.bit_linear import (
+    BACKWARDS,
+    Backward,
+    add_bit_linear,
+    add_bit_linear_ref,
+    bit_linear,
+    bit_linear_ref,
+)
 from bitnet_ext.ops.fused_quantize import (
     add_rms_norm_quantize,
     add_rms_norm_quantize_ref,
@@ -89,6 +96,8 @@ from bitnet_ext.ops.skinny_mm import (
 from bitnet_ext.ops.small_grad import exact_grads_small, exact_grads_small_ref, prefers_small_grad
 
 __all__ = [
+    "BACKWARDS",
+    "Backward",
     "LinearCrossEntropyOutput",
     "QuantizedWeight",
     "SoftmaxStats",
