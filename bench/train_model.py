@@ -182,7 +182,7 @@ def variants(
 def preset_of(args: argparse.Namespace, **overrides: Any) -> BitNetConfig:
     if args.layers:
         overrides["num_layers"] = args.layers
-    if args.quick:
+    if args.quick and not args.curve:
         overrides["vocab_size"] = 512
     return preset(args.model, **overrides)
 
