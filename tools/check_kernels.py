@@ -77,7 +77,12 @@ RULES = [
     Rule("softmax", r"softmax_stats_kernel<", (LOAD_16,)),
     Rule("cross_entropy", r"rows_kernel<", (COPY_16, r"\bLDS\.128", STORE_16)),
     Rule("cross_entropy_parts", r"probability_sums_kernel<", (LOAD_16,)),
-    Rule("short_attention", r"short_attention_(backward_)?kernel<", (LOAD_16, r"\bLDS\.128", r"\bSTS\.128")),
+    Rule("short_attention", r"short_attention_kernel<", (LOAD_16, r"\bLDS\.128", r"\bSTS\.128")),
+    Rule(
+        "short_attention_backward",
+        r"short_attention_backward_kernel<",
+        (LOAD_16, r"\bLDS\.128", r"\bSTS\.128"),
+    ),
     Rule("rotary", r"rotary_kernel<\w+, [48],", (LOAD_16, STORE_16)),
     Rule("small_grad", r"small_grad_kernel<", (r"\bHMMA\.16816\.F32\.BF16",)),
     Rule("small_grad", r"small_grad_kernel<float, true", (LOAD_16, STORE_16)),

@@ -1,8 +1,8 @@
 // Causal attention with rotary embedding over short sequences, backward (short_attention.cu has the forward).
 //
-//   p_ij = exp(s_ij - lse_i),  dS_ij = p_ij (g_i . v_j - delta_i) / sqrt(D)                         g =
-//   grad_out delta_i = sum_j p_ij g_i . v_j = g_i . out_i dq_i = sum_j dS_ij k_j,  dk_j = sum_i dS_ij q_i,
-//   dv_j = sum_i p_ij g_i,  dq and dk rotated back
+//   p_ij = exp(s_ij - lse_i),  dS_ij = p_ij (g_i . v_j - delta_i) / sqrt(D),  g = grad_out
+//   delta_i = sum_j p_ij g_i . v_j = g_i . out_i
+//   dq_i = sum_j dS_ij k_j,  dk_j = sum_i dS_ij q_i,  dv_j = sum_i p_ij g_i,  dq and dk rotated back
 //
 // One grid with two kinds of blocks: the first own queries and write dq, the others own keys and write dk and
 // dv, walking through the query heads of their group in order. No atomics: equal inputs give equal bits.
