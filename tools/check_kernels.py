@@ -86,9 +86,9 @@ RULES = [
     Rule("rotary", r"rotary_kernel<\w+, [48],", (LOAD_16, STORE_16)),
     Rule("small_grad", r"small_grad_kernel<", (r"\bHMMA\.16816\.F32\.BF16",)),
     Rule("small_grad", r"small_grad_kernel<float, true", (LOAD_16, STORE_16)),
-    Rule("skinny_mm", r"skinny_nt_kernel<", (r"\bHMMA\.16816\.F32", LOAD_16, LOAD_MATRIX)),
-    Rule("skinny_mm", r"skinny_tn_kernel", (r"\bHMMA\.16816\.F32", LOAD_16, LOAD_MATRIX_T, STORE_16)),
-    Rule("skinny_nn", r"skinny_nn_kernel", (r"\bHMMA\.16816\.F32", LOAD_16, LOAD_MATRIX, LOAD_MATRIX_T)),
+    Rule("skinny_mm", r"skinny_nt_kernel<", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX)),
+    Rule("skinny_mm", r"skinny_tn_kernel", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX_T, STORE_16)),
+    Rule("skinny_nn", r"skinny_nn_kernel", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX, LOAD_MATRIX_T)),
 ]
 
 

@@ -7,6 +7,8 @@ not take, they are plain PyTorch.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ _ops = torch.ops.bitnet_ext
 _FLOAT = (torch.float32,)
 _MAX_TOKENS = 512
 _MAX_HIDDEN = 256  # kSkinnyMaxHidden of csrc/cuda/skinny_mm.h
+_SHARED_BYTES = 144 << 10  # at least what a block of csrc/cuda/skinny_mm.cu and skinny_nn.cu asks for
 
 
 def prefers_skinny_mm(T: int, H: int) -> bool:
@@ -23,10 +26,18 @@ def prefers_skinny_mm(T: int, H: int) -> bool:
     return 1 <= T <= _MAX_TOKENS and H % 8 == 0 and 8 <= H <= _MAX_HIDDEN
 
 
+@functools.lru_cache
+def _has_shared_memory(device: torch.device) -> bool:
+    """sm_80, 90 and 100 give a block enough for the copies under way; sm_86, 89 and 120 only 99 KB."""
+    return bool(torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _SHARED_BYTES)
+
+
 def takes_skinny_mm(T: int, H: int, *operands: Tensor) -> bool:
     """Whether the kernels compute, and are preferred for, T tokens of H features: every operand a float32 CUDA
     matrix that starts at 16 bytes and whose rows, all contiguous, do too."""
-    return prefers_skinny_mm(T, H) and all(
+    if not prefers_skinny_mm(T, H) or not operands[0].is_cuda or not _has_shared_memory(operands[0].device):
+        return False
+    return all(
         t.is_cuda
         and t.dtype == torch.float32
         and t.shape[-1] > 0

@@ -185,28 +185,21 @@ struct NtStream {
     Sums sums[kTiles];
     const uint8_t* corner = shared + buffer * Traits::kBufferBytes + lane % 8 * Traits::kRowBytes +
                             lane / 16 * Traits::kPlaneBytes + lane / 8 % 2 * 16;
-    // The fragments of half a step are read while the half before is multiplied.
-    constexpr int kHalf = kTiles / 2;
-    uint32_t b[2][kHalf][4];
 #pragma unroll
-    for (int j = 0; j < kHalf; ++j) ldmatrix_x4(b[0][j], corner + j * 8 * Traits::kRowBytes);
+    for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-    for (int i = 0; i < 2 * kSteps; ++i) {
-      const int s = i / 2, first = i % 2 * kHalf;
-      if (i + 1 < 2 * kSteps) {
-#pragma unroll
-        for (int j = 0; j < kHalf; ++j) {
-          ldmatrix_x4(b[(i + 1) % 2][j],
-                      corner + (kHalf - first + j) * 8 * Traits::kRowBytes + (i + 1) / 2 * 32);
-        }
+      for (int j = 0; j < kTiles; j += 2) {
+        // In this order of two by two the compiler reads fragments ahead without running out of registers.
+        uint32_t b[2][4];
+        ldmatrix_x4(b[0], corner + j * 8 * Traits::kRowBytes + s * 32);
+        ldmatrix_x4(b[1], corner + (j + 1) * 8 * Traits::kRowBytes + s * 32);
+        mma_m16n8k16_f16(sums[j].small, lo[s], b[0][0], b[0][1]);
+        mma_m16n8k16_f16(sums[j + 1].small, lo[s], b[1][0], b[1][1]);
+        mma_m16n8k16_f16(sums[j].large, hi[s], b[0][0], b[0][1]);
+        mma_m16n8k16_f16(sums[j + 1].large, hi[s], b[1][0], b[1][1]);
+        mma_m16n8k16_f16(sums[j].small, hi[s], b[0][2], b[0][3]);
+        mma_m16n8k16_f16(sums[j + 1].small, hi[s], b[1][2], b[1][3]);
       }
-      uint32_t(&now)[kHalf][4] = b[i % 2];
-#pragma unroll
-      for (int j = 0; j < kHalf; ++j) mma_m16n8k16_f16(sums[first + j].small, hi[s], now[j][2], now[j][3]);
-#pragma unroll
-      for (int j = 0; j < kHalf; ++j) mma_m16n8k16_f16(sums[first + j].large, hi[s], now[j][0], now[j][1]);
-#pragma unroll
-      for (int j = 0; j < kHalf; ++j) mma_m16n8k16_f16(sums[first + j].small, lo[s], now[j][0], now[j][1]);
     }
     const int t = lane % 4;
 #pragma unroll
