@@ -215,8 +215,18 @@ def test_adam_many_tensors(count: int, decoupled: bool, decay: bool) -> None:
     grad_scale = torch.tensor(scale, device="cuda")
     for step in range(1, 4):
         hyper = torch.tensor([lr, weight_decay, 1 - beta1**step, 1 - beta2**step], device="cuda")
-        raw.adam_step_(
-            params, grads, exp_avg, exp_avg_sq, hyper, grad_scale, beta1, beta2, eps, decoupled, decay
+        ops.adam_step_(
+            params,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            hyper,
+            grad_scale,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            decoupled=decoupled,
+            decay=decay,
         )
         exact = [
             ops.adam_step_ref(p, g.double(), m, v, step=step, **options)
@@ -420,7 +430,19 @@ def test_optimiser_in_a_graph() -> None:
     def step() -> Tensor:
         total = raw.sum_of_squares(grads)
         grad_scale.copy_((1.0 / total.sqrt()).clamp(max=1.0))
-        raw.adam_step_(params, grads, exp_avg, exp_avg_sq, hyper, grad_scale, beta1, beta2, eps, True, True)
+        ops.adam_step_(
+            params,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            hyper,
+            grad_scale,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            decoupled=True,
+            decay=True,
+        )
         return total
 
     start = [p.clone() for p in params]
@@ -529,11 +551,16 @@ def test_offsets_beyond_int32() -> None:
 
 def test_errors_name_operator_and_argument() -> None:
     x, w = normal(3, 20), normal(8, 20, seed=1)
+    codes = raw.quantize_weights([w])
+
+    def bit_linear(x: Tensor, weight: Tensor) -> None:
+        raw.bit_linear(x, None, [weight], *codes, None, None, 1e-5, True, torch.float32, "exact")
+
     cases = [
         (lambda: raw.quantize_act_int8(x.t()), r"bitnet_ext.quantize_act_int8: x must be contiguous"),
         (lambda: raw.quantize_act_int8(x.double()), "x must be float32, bfloat16 or float16; got float64"),
-        (lambda: raw.bit_linear(x, w.cpu(), None, None, 1e-5, True, torch.float32), "weight must be on cuda:0"),
-        (lambda: raw.bit_linear(x[:, :19].contiguous(), w, None, None, 1e-5, True, torch.float32), "K = 20"),
+        (lambda: raw.quantize_weights([w, w.cpu()]), "must be on cuda:0"),
+        (lambda: bit_linear(x[:, :19].contiguous(), w), "K = 20"),
         (lambda: raw.rms_norm_quantize(x, w[0, :7].contiguous(), 1e-5), r"gain must have shape \[20\]"),
         (lambda: raw.unpack_ternary(torch.zeros(2, 4, dtype=torch.uint8).cuda(), 20), r"\[N, 5\] for K = 20"),
         (lambda: raw.softmax_stats(x, torch.zeros(2, dtype=torch.int64).cuda()), r"target must have shape \[3\]"),
