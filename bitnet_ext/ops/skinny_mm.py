@@ -18,7 +18,7 @@ _ops = torch.ops.bitnet_ext
 _FLOAT = (torch.float32,)
 _MAX_TOKENS = 512
 _MAX_HIDDEN = 256  # kSkinnyMaxHidden of csrc/cuda/skinny_mm.h
-_SHARED_BYTES = 144 << 10  # at least what a block of csrc/cuda/skinny_mm.cu and skinny_nn.cu asks for
+_CAPABILITIES = {(8, 0), (8, 7), (9, 0), (10, 0), (10, 3)}
 
 
 def prefers_skinny_mm(T: int, H: int) -> bool:
@@ -28,8 +28,8 @@ def prefers_skinny_mm(T: int, H: int) -> bool:
 
 @functools.lru_cache
 def _has_shared_memory(device: torch.device) -> bool:
-    """sm_80, 90 and 100 give a block enough for the copies under way; sm_86, 89 and 120 only 99 KB."""
-    return bool(torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _SHARED_BYTES)
+    """Whether a block can have the 138 KB that the kernels ask for; sm_86, 89 and 120 stop at 99."""
+    return torch.cuda.get_device_capability(device) in _CAPABILITIES
 
 
 def takes_skinny_mm(T: int, H: int, *operands: Tensor) -> bool:
