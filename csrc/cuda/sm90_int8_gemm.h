@@ -47,7 +47,8 @@ constexpr Int8GemmPlan int8_gemm_whole_plan(int64_t rows, int64_t cols, int num_
 constexpr Int8GemmPlan int8_gemm_plan(int64_t rows, int64_t cols, int64_t depth, int num_sms) {
   const int64_t tiles = int8_gemm_tiles(rows, cols), slots = num_sms / 2, stages = (depth + 127) / 128;
   const int64_t rounds = (tiles + slots - 1) / slots;
-  const double idle_rounds = static_cast<double>(rounds) - static_cast<double>(tiles) / static_cast<double>(slots);
+  const double idle_rounds =
+      static_cast<double>(rounds) - static_cast<double>(tiles) / static_cast<double>(slots);
   const Int8GemmPlan whole = int8_gemm_whole_plan(rows, cols, num_sms);
   if (0.8 * static_cast<double>(stages) * idle_rounds < 8.0) return whole;
   if (rounds > 1) return {static_cast<int>(slots), tiles % slots + slots};
