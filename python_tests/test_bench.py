@@ -109,6 +109,38 @@ def test_optimizer(device: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_train_model(device: str, tmp_path: Path) -> None:
+    printed, result = run_script("train_model.py", tmp_path, "--device", device)
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert set(rows) == {"bitnet_ext, backward exact", "bitnet_ext, backward int8", "nn.Linear, eager"}
+    assert rows["nn.Linear, eager"]["ratio_to_linear"] == 1.0
+    for name, row in rows.items():
+        assert name in printed and row["tokens_per_second"] == pytest.approx(32 / row["median"])
+    # Equal weights and rows: the first losses differ by what the backward does not touch, so not at all.
+    assert rows["bitnet_ext, backward exact"]["first_loss"] == rows["bitnet_ext, backward int8"]["first_loss"]
+    config = preset("collapse-64")
+    block = config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
+    weights = config.num_layers * block + 512 * config.hidden_size
+    assert result["flops_per_token"] == 6 * weights + 12 * config.num_layers * 16 * config.hidden_size
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_train_model_curve(device: str, tmp_path: Path) -> None:
+    text = tmp_path.parent / "text.txt"
+    text.write_text(
+        "\n\n".join(f"The {i} quick brown foxes jump over {i + 1} lazy dogs." for i in range(400))
+    )
+    printed, result = run_script(
+        "train_model.py", tmp_path, "--device", device, "--curve", "3", "--data", str(text)
+    )
+    exact, int8 = result["losses"]["exact"], result["losses"]["int8"]
+    assert len(exact) == len(int8) == 3 and exact[0] == int8[0] and exact[1:] != int8[1:]
+    difference = abs(sum(int8) - sum(exact)) / sum(exact)
+    assert result["largest_relative_difference"] == pytest.approx(difference)
+    assert "relative difference" in printed
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_packed_linear(device: str, tmp_path: Path) -> None:
     shapes = ("64x48", "33x30")
     options = ("--device", device, "--tokens", "1", "24", "--threads", "1")
