@@ -144,8 +144,20 @@ def _prepacked_mm(
     return x_i8.new_empty((*x_i8.shape[:-1], N), dtype=out_dtype)
 
 
+def _product(x: Tensor, K: int, N: int, normalize: bool, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(y, x_i8, act_scale, rstd) of the ternary layers."""
+    leading = x.shape[:-1]
+    return (
+        x.new_empty((*leading, N), dtype=out_dtype),
+        x.new_empty((*leading, K), dtype=torch.int8),
+        x.new_empty(leading, dtype=torch.float32),
+        x.new_empty(leading if normalize else (0,), dtype=torch.float32),
+    )
+
+
 def _bit_linear(
     x: Tensor,
+    delta: Tensor | None,
     weights: list[Tensor],
     packed: Tensor,
     weight_scale: Tensor,
@@ -155,16 +167,54 @@ def _bit_linear(
     normalize: bool,
     out_dtype: torch.dtype,
     backward: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_i8, act_scale = _quantize_act_int8(x)
-    rstd = x.new_empty(x.shape[:-1] if normalize else (0,), dtype=torch.float32)
-    y = x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in weights)), dtype=out_dtype)
-    return y, x_i8, act_scale, rstd
+) -> tuple[Tensor, ...]:
+    N = sum(w.shape[0] for w in weights)
+    total = x.new_empty((0,) if delta is None else x.shape)
+    return (*_product(x, x.shape[-1], N, normalize, out_dtype), total)
 
 
-def _rms_norm_backward(grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _glu_bit_linear(
+    gate_up: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    normalize: bool,
+    activation: str,
+    out_dtype: torch.dtype,
+    backward: str,
+) -> tuple[Tensor, ...]:
+    N, K = weight.shape
+    return _product(gate_up, K, N, normalize, out_dtype)
+
+
+def _glu_backward(
+    grad_y: Tensor, gate_up: Tensor, activation: str, gain: Tensor | None, rstd: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    grad_gain = gate_up.new_empty((0,) if gain is None else gain.shape, dtype=torch.float32)
+    return gate_up.new_empty(gate_up.shape), grad_gain
+
+
+def _rms_norm(
+    x: Tensor, delta: Tensor | None, gain: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty((0,) if delta is None else x.shape)
+    return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _rms_norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    rstd: Tensor,
+    grad_residual: Tensor | None,
+    delta_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_gain = x.new_empty((0,) if gain is None else (x.shape[-1],), dtype=torch.float32)
-    return x.new_empty(x.shape), grad_gain
+    grad_delta = x.new_empty((0,) if delta_dtype == x.dtype else x.shape, dtype=delta_dtype)
+    return x.new_empty(x.shape), grad_delta, grad_gain
 
 
 def _bit_linear_grad(
@@ -279,16 +329,12 @@ def _scale_(tensors: list[Tensor], scale: Tensor) -> None:
     return None
 
 
-def _skinny_mm_nt(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden.new_empty((hidden.shape[0], (weight.shape[0] + 63) // 64 * 64))
+def _skinny_mm(out: Tensor, left: Tensor, right: Tensor) -> None:
+    return None
 
 
-def _skinny_mm_nn(grad: Tensor, weight: Tensor) -> Tensor:
-    return weight.new_empty((grad.shape[0], weight.shape[1]))
-
-
-def _skinny_mm_tn(grad: Tensor, hidden: Tensor) -> Tensor:
-    return hidden.new_empty((grad.shape[1], hidden.shape[1]))
+def _skinny_mm_tn_(out: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) -> None:
+    return None
 
 
 def _short_attention(
@@ -327,6 +373,43 @@ def _rotary_query_key_backward(
     return grad_query.new_empty((B, T, (num_heads + 2 * grad_key.shape[2]) * head_dim))
 
 
+def _quantize_grad(
+    grad_y: Tensor,
+    act_scale: Tensor,
+    weight_scale: Tensor,
+    segments: list[int],
+    seed: Tensor,
+    by_row: bool,
+    by_column: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    M, N = grad_y.shape
+    stages = (M + 127) // 128 if by_column else 0
+    width = 128 * stages
+    return (
+        grad_y.new_empty((M, N) if by_row else (0,), dtype=torch.int8),
+        grad_y.new_empty((M if by_row else 0,), dtype=torch.float32),
+        grad_y.new_empty((N, width) if by_column else (0,), dtype=torch.int8),
+        grad_y.new_empty((width,), dtype=torch.int32),
+        grad_y.new_empty((stages,), dtype=torch.float32),
+        grad_y.new_empty((N if by_column else 0,), dtype=torch.float32),
+    )
+
+
+def _transpose_prepacked(prepacked: Tensor, N: int, K: int) -> Tensor:
+    return _prepacked(prepacked, K, N)
+
+
+def _transpose_int8(x_i8: Tensor, order: Tensor | None) -> Tensor:
+    M, K = x_i8.shape
+    return x_i8.new_empty((K, M if order is None else order.numel()))
+
+
+def _int8_weight_grad(
+    g_column: Tensor, x_column: Tensor, column_max: Tensor, stage_bound: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    return g_column.new_empty((g_column.shape[0], x_column.shape[0]), dtype=out_dtype)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_act_int8": _quantize_act_int8,
     "rms_norm_quantize": _rms_norm_quantize,
@@ -349,6 +432,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "prepacked_mm_int32": _prepacked_mm_int32,
     "prepacked_mm": _prepacked_mm,
     "bit_linear": _bit_linear,
+    "glu_bit_linear": _glu_bit_linear,
+    "glu_backward": _glu_backward,
+    "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
     "bit_linear_grad": _bit_linear_grad,
     "sum_of_squares": _sum_of_squares,
@@ -362,13 +448,17 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "probability_sums": _probability_sums,
     "scale_": _scale_,
     "linear_cross_entropy": loss.fake,
-    "skinny_mm_nt": _skinny_mm_nt,
-    "skinny_mm_nn": _skinny_mm_nn,
-    "skinny_mm_tn": _skinny_mm_tn,
+    "skinny_mm_nt_": _skinny_mm,
+    "skinny_mm_nn_": _skinny_mm,
+    "skinny_mm_tn_": _skinny_mm_tn_,
     "short_attention": _short_attention,
     "short_attention_backward": _short_attention_backward,
     "rotary_query_key": _rotary_query_key,
     "rotary_query_key_backward": _rotary_query_key_backward,
+    "quantize_grad": _quantize_grad,
+    "transpose_prepacked": _transpose_prepacked,
+    "transpose_int8": _transpose_int8,
+    "int8_weight_grad": _int8_weight_grad,
 }
 
 

@@ -47,20 +47,41 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "prepacked_mm(Tensor x_i8, Tensor act_scale, Tensor prepacked, int N, Tensor weight_scale, "
       "Tensor? bias, int[] segments, ScalarType out_dtype, bool weight_is_constant) -> Tensor");
   // `weights` [N_i, K] are stacked along N; `packed` and `weight_scale` [S] are their codes as of
-  // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact", "int8")
-  // names the gradients, which are those of _autograd.py.
+  // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact",
+  // "int8") names the gradients, which are those of _autograd.py.
   m.def(
-      "bit_linear(Tensor x, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "bit_linear(Tensor x, Tensor? delta, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? "
+      "bias, "
       "Tensor? norm_weight, float norm_eps, bool normalize, ScalarType out_dtype, str backward) -> "
-      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
+      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor sum)");
+  // act(gate) * up of gate_up [.., 2 K], an RMS norm of it, int8 activations and the product.
   m.def(
-      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor "
-      "grad_gain)");
+      "glu_bit_linear(Tensor gate_up, Tensor weight, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "Tensor? norm_weight, float norm_eps, bool normalize, str activation, ScalarType out_dtype, "
+      "str backward) -> (Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
+  m.def(
+      "glu_backward(Tensor grad_y, Tensor gate_up, str activation, Tensor? gain, Tensor rstd, "
+      "bool normalize) -> (Tensor grad_gate_up, Tensor grad_gain)");
+  // --- the norm, of x or of x + delta, which is returned as sum ---
+  m.def("rms_norm(Tensor x, Tensor? delta, Tensor? gain, float eps) -> (Tensor y, Tensor sum, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd, Tensor? grad_residual, "
+      "ScalarType delta_dtype) -> (Tensor grad_x, Tensor grad_delta, Tensor grad_gain)");
   // The exact gradients of bit_linear's product for few tokens, on CUDA; [0] tensors for what is not needed.
   m.def(
       "bit_linear_grad(Tensor grad_y, Tensor x_i8, Tensor act_scale, Tensor prepacked, Tensor weight_scale, "
       "int[] segments, bool need_input, bool need_weight, ScalarType weight_dtype) -> "
       "(Tensor grad_x_q, Tensor grad_weight)");
+  // --- the int8 backward, CUDA only (csrc/cuda/int8_gradient.h) ---
+  m.def(
+      "quantize_grad(Tensor grad_y, Tensor act_scale, Tensor weight_scale, int[] segments, Tensor seed, "
+      "bool by_row, bool by_column) -> (Tensor g_row, Tensor row_scale, Tensor g_column, Tensor order, "
+      "Tensor stage_bound, Tensor column_max)");
+  m.def("transpose_prepacked(Tensor prepacked, int N, int K) -> Tensor");
+  m.def("transpose_int8(Tensor x_i8, Tensor? order) -> Tensor");
+  m.def(
+      "int8_weight_grad(Tensor g_column, Tensor x_column, Tensor column_max, Tensor stage_bound, "
+      "ScalarType out_dtype) -> Tensor");
   // --- optimiser ---
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
   // (norm, grad_scale), both float32 []. latch float64 [2 + n]: the first step whose norm was not finite, or
@@ -103,15 +124,15 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square, "
       "Tensor marginal_entropy, Tensor cross_entropy, Tensor entropy, Tensor argmax, Tensor mean_p, "
       "Tensor grad_hidden, Tensor grad_weight)");
+  // fp32 products of few tokens with a tall matrix, on CUDA: hidden [T, H], weight [V, H], grad [T, V].
+  // nt: out [T, S] = hidden weight^T, with zeros in the columns beyond V; nn: out [T, H] = grad weight; tn:
+  // out [V, H] = grad^T hidden, or out plus that.
+  m.def("skinny_mm_nt_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()");
+  m.def("skinny_mm_nn_(Tensor(a!) out, Tensor grad, Tensor weight) -> ()");
+  m.def("skinny_mm_tn_(Tensor(a!) out, Tensor grad, Tensor hidden, bool accumulate) -> ()");
   // Asks the system for large pages behind a tensor that is about to be written first. Without effect where
   // there are none.
   m.def("_prefer_huge_pages(Tensor tensor) -> ()");
-  // fp32 products of few tokens with a tall matrix, on CUDA: hidden [T, H], weight [V, H], grad [T, V].
-  // nt: hidden weight^T in rows of a multiple of 64, with zeros (times hidden) beyond V; nn: grad weight; tn:
-  // grad^T hidden.
-  m.def("skinny_mm_nt(Tensor hidden, Tensor weight) -> Tensor");
-  m.def("skinny_mm_nn(Tensor grad, Tensor weight) -> Tensor");
-  m.def("skinny_mm_tn(Tensor grad, Tensor hidden) -> Tensor");
   // --- attention, on CUDA only: the caller composes it of PyTorch's operators elsewhere ---
   // qkv [B, T, (num_heads + 2 num_kv_heads) D] stacks queries, keys and values; cos, sin float32 [T, D] of
   // rotary_table. Short: T <= 128 and T D <= 8192, D = 32, 64 or 128. lse float32 [B, num_heads, T].

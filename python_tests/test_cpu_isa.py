@@ -109,8 +109,28 @@ def case_bit_linear(M: int, N: int, K: int, dtype: torch.dtype, generator: torch
     return [
         packed,
         weight_scale,
-        *ops.bit_linear(x, weights, packed, weight_scale, stacked_bias, gain, 1e-5, True, dtype, "exact"),
-        *ops.bit_linear(x, [weight], *one, None, None, 1e-5, False, dtype, "exact"),
+        *ops.bit_linear(
+            x, None, weights, packed, weight_scale, stacked_bias, gain, 1e-5, True, dtype, "exact"
+        ),
+        *ops.bit_linear(x, x, [weight], *one, None, gain, 1e-5, True, dtype, "exact"),
+        *ops.bit_linear(x, None, [weight], *one, None, None, 1e-5, False, dtype, "exact"),
+    ]
+
+
+def case_glu(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.Generator) -> Outputs:
+    gate_up, grad_y = normal(generator, M, 2 * K).to(dtype), normal(generator, M, K)
+    gain, weight = normal(generator, K), normal(generator, N, K)
+    codes = ops.quantize_weights([weight])
+    y, x_i8, act_scale, rstd = ops.glu_bit_linear(
+        gate_up, weight, *codes, None, gain, 1e-5, True, "relu2", dtype, "exact"
+    )
+    return [
+        y,
+        x_i8,
+        act_scale,
+        rstd,
+        *ops.glu_backward(grad_y, gate_up, "silu", gain, rstd, True),
+        *ops.glu_backward(grad_y.to(dtype), gate_up, "relu2", None, rstd[:0], False),
     ]
 
 
@@ -118,8 +138,10 @@ def case_norm_backward(M: int, N: int, K: int, dtype: torch.dtype, generator: to
     x, grad_y = normal(generator, M, K).to(dtype), normal(generator, M, K)
     gain, rstd = normal(generator, K), normal(generator, M).abs()
     return [
-        *ops.rms_norm_backward(grad_y, x, gain, rstd),
-        *ops.rms_norm_backward(grad_y.to(dtype), x, None, rstd),
+        *ops.rms_norm(x, None, gain, 1e-5),
+        *ops.rms_norm(x, x, None, 1e-5),
+        *ops.rms_norm_backward(grad_y, x, gain, rstd, None, dtype),
+        *ops.rms_norm_backward(grad_y.to(dtype), x, None, rstd, x, torch.bfloat16),
     ]
 
 
@@ -174,6 +196,7 @@ CASES: list[Callable[[int, int, int, torch.dtype, torch.Generator], Outputs]] = 
     case_products,
     case_bit_linear,
     case_norm_backward,
+    case_glu,
     case_optimizer,
     case_softmax,
 ]
@@ -300,7 +323,7 @@ def test_nan_and_inf_are_refused(dtype: torch.dtype, bad: float, isa: str) -> No
             lambda x=x: ops.quantize_weight_ternary(x),
             lambda x=x: ops.quantize_pack_weight(x),
             lambda x=x, w=weight: ops.bit_linear(
-                x, [w], *ops.quantize_weights([w]), None, None, 1e-5, False, torch.float32, "exact"
+                x, None, [w], *ops.quantize_weights([w]), None, None, 1e-5, False, torch.float32, "exact"
             ),
         ):
             with pytest.raises(RuntimeError, match=r"^bitnet_ext\.\w+: (x|weight) holds NaN or Inf"):

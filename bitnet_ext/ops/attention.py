@@ -21,10 +21,10 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_
     rounded to qkv's dtype. Head h attends to key head ``h // (num_heads / num_kv_heads)`` (arXiv 2305.13245).
     Differentiable once in qkv, with one tensor as its gradient.
 
-    On CUDA, short sequences (T <= 128, T D <= 8192, D of 32, 64 or 128) take one kernel forward and one
-    backward, in float32 arithmetic and with equal bits in every run. Longer ones rotate in a kernel of their
-    own, without a copy of the values, before `F.scaled_dot_product_attention`, whose rules of choice and of
-    determinism hold. Elsewhere PyTorch's operators do all of it.
+    On CUDA, small batches of short sequences (T <= 128, T D <= 8192, D of 32, 64 or 128) take one kernel
+    forward and one backward, in float32 arithmetic and with equal bits in every run. Others rotate in a
+    kernel of their own, without a copy of the values, before `F.scaled_dot_product_attention`, whose rules of
+    choice and of determinism hold. Elsewhere PyTorch's operators do all of it.
 
     Args:
         qkv: [B, T, (num_heads + 2 num_kv_heads) D] float32, bfloat16 or float16: in each row the query heads,
@@ -59,7 +59,7 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_
         query, key = apply_rotary(turned.transpose(1, 2), cos, sin).split((num_heads, num_kv_heads), dim=1)
         return _causal_attention(query, key, value.transpose(1, 2))
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
-    if _is_short(T, head_dim):
+    if _is_short(B, T, num_heads, head_dim, qkv.dtype):
         return _ops.short_attention(qkv, cos, sin, num_heads, num_kv_heads)[0]
     query, key, value = _RotaryHeads.apply(qkv, cos, sin, num_heads, num_kv_heads)
     return _causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
@@ -87,9 +87,15 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
-def _is_short(T: int, head_dim: int) -> bool:
-    """Whether one kernel does it all (csrc/cuda/short_attention.h)."""
-    return head_dim in (32, 64, 128) and T <= 128 and T * head_dim <= 8192
+#: Multiplications of a score matrix, B heads T^2 D, up to which one kernel is faster than a rotation and an
+#: attention kernel of PyTorch's (H200, forward and backward): those use tensor cores for 16-bit types.
+_SHORT_WORK = {torch.float32: 1 << 24, torch.bfloat16: 1 << 23, torch.float16: 1 << 23}
+
+
+def _is_short(B: int, T: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether one kernel does it all (csrc/cuda/short_attention.h) and is the fastest."""
+    fits = head_dim in (32, 64, 128) and T <= 128 and T * head_dim <= 8192
+    return fits and B * num_heads * T * T * head_dim <= _SHORT_WORK[dtype]
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bitnet_ext.ops import _checks
-from bitnet_ext.ops.skinny_mm import prefers_skinny_mm
+from bitnet_ext.ops.skinny_mm import takes_skinny_mm
 
 _ops = torch.ops.bitnet_ext
 
@@ -260,54 +260,44 @@ def _head(weight: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtype, stride:
     return head
 
 
-def _few(hidden: Tensor, head: Tensor) -> bool:
-    """Whether the float32 products of few tokens are faster than the library's; they are as accurate."""
-    return (
-        hidden.is_cuda
-        and hidden.dtype == torch.float32
-        and prefers_skinny_mm(*hidden.shape)
-        and hidden.data_ptr() % 16 == 0
-        and head.data_ptr() % 16 == 0
-    )
+def _write_logits(hidden: Tensor, head: Tensor, buffer: Tensor) -> None:
+    """buffer[:, :C] = hidden [T, H] x head [C, H]^T."""
+    if buffer.is_contiguous() and takes_skinny_mm(*hidden.shape, hidden, head, buffer):
+        _ops.skinny_mm_nt_(buffer, hidden, head)
+        return
+    torch.mm(hidden, head.t(), out=buffer[:, : head.shape[0]])
 
 
-def _logits(hidden: Tensor, head: Tensor, buffer: Tensor) -> Tensor:
-    """[T, S], the first C columns of which are hidden [T, H] x head [C, H]^T; in the buffer [>= T, S] or new."""
-    if _few(hidden, head):
-        return _ops.skinny_mm_nt(hidden, head)
-    logits = buffer[: hidden.shape[0]]
-    torch.mm(hidden, head.t(), out=logits[:, : head.shape[0]])
-    return logits
-
-
-def _grad_hidden(grad: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
-    """[T, H]: grad[:, :C] x head."""
-    grad = grad[:, : head.shape[0]]
-    if _few(hidden, head):
-        return _ops.skinny_mm_nn(grad, head)
-    return torch.mm(grad, head)
+def _write_grad_hidden(grad: Tensor, head: Tensor, out: Tensor) -> None:
+    """out [T, H] = grad[:, :C] x head."""
+    columns = grad[:, : head.shape[0]]
+    if takes_skinny_mm(*out.shape, columns, head, out):
+        _ops.skinny_mm_nn_(out, columns, head)
+    else:
+        torch.mm(columns, head, out=out)
 
 
 def _add_grad_head(
     grad: Tensor, hidden: Tensor, total: Tensor | None, rows: int, dtype: torch.dtype
 ) -> Tensor:
     """total + grad[:, :C]^T x hidden as [C, H] of `dtype`; total, if given, is of `dtype` and overwritten."""
-    grad = grad[:, :rows]
-    if _few(hidden, grad):
-        part: Tensor = _ops.skinny_mm_tn(grad, hidden)
-        return part if total is None else total.add_(part)
+    columns = grad[:, :rows].t()
+    if dtype == grad.dtype and takes_skinny_mm(*hidden.shape, grad[:, :rows], hidden):
+        out = torch.empty((rows, hidden.shape[1]), device=grad.device) if total is None else total
+        _ops.skinny_mm_tn_(out, grad[:, :rows], hidden, total is not None)
+        return out
     if dtype == grad.dtype:
         if total is not None:
-            return total.addmm_(grad.t(), hidden)
+            return total.addmm_(columns, hidden)
         out = torch.empty((rows, hidden.shape[1]), dtype=dtype, device=grad.device)
         if not out.is_cuda:
             # It is new memory in every step: 51 MB for 50,257 x 256, whose 4 kB pages take 19 ms to come, large
             # ones 5 (one thread of an AMD EPYC, the first write included).
             _ops._prefer_huge_pages(out)
-        return torch.mm(grad.t(), hidden, out=out)
+        return torch.mm(columns, hidden, out=out)
     if total is None:
-        return torch.mm(grad.t(), hidden, out_dtype=dtype)
-    return torch.ops.aten.addmm.dtype_out(total, grad.t(), hidden, dtype, out=total)
+        return torch.mm(columns, hidden, out_dtype=dtype)
+    return torch.ops.aten.addmm.dtype_out(total, columns, hidden, dtype, out=total)
 
 
 def _rows_at_once(T: int, row_bytes: int, chunk_bytes: int) -> int:
@@ -317,10 +307,6 @@ def _rows_at_once(T: int, row_bytes: int, chunk_bytes: int) -> int:
         return max(T, 1)
     share = -(-T // -(-T // most))
     return min(most, -(-share // 128) * 128)
-
-
-def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def forward(
@@ -347,9 +333,7 @@ def forward(
         head = _head(weight, hidden.dtype, dtype, stride)
         target = target.contiguous()
         step = _rows_at_once(T, stride * dtype.itemsize, chunk_bytes)
-        # Empty where the products of few tokens bring memory of their own.
-        rows_in_buffer = 0 if _few(x[:step], head) else step
-        buffer = torch.empty((rows_in_buffer, stride), dtype=dtype, device=hidden.device)
+        buffer = torch.empty((step, stride), dtype=dtype, device=hidden.device)
         chunks = [slice(start, min(start + step, T)) for start in range(0, max(T, 1), step)]
         wants_gradient = needs_grad_hidden or needs_grad_weight
         count = _ops.count_targets(target)
@@ -362,7 +346,8 @@ def forward(
             # The gradient needs the mean distribution of all tokens, so it has to wait for a second pass.
             sums = torch.zeros(V, device=hidden.device)
             for rows in chunks:
-                logits = _logits(x[rows], head, buffer)
+                logits = buffer[: rows.stop - rows.start]
+                _write_logits(x[rows], head, logits)
                 stats.append(_ops.cross_entropy_rows_(logits, V, target[rows], None, None, *terms, softcap))
                 sums += _ops.probability_sums(logits, V, target[rows], stats[-1][0], softcap).sum(0)
             mean_p = sums / count
@@ -372,7 +357,7 @@ def forward(
             log_marginal = log_marginal + marginal_entropy
         logits_are_there = bool(stats) and len(chunks) == 1
 
-        grads_hidden: list[Tensor] = []
+        grad_hidden = torch.empty_like(x if needs_grad_hidden else x[:0])
         total: Tensor | None = None
         # One chunk is rounded once to the dtype of the weight; several are summed in float32.
         total_dtype = dtype if weight.dtype == dtype and len(chunks) == 1 and not output_l2 else torch.float32
@@ -380,20 +365,21 @@ def forward(
             total = torch.zeros((head.shape[0], H), device=hidden.device)
             total[:V].copy_(weight).mul_(2.0 * output_l2)
         for rows in chunks if wants_gradient or not stats else []:
+            logits = buffer[: rows.stop - rows.start]
             if not logits_are_there:
-                logits = _logits(x[rows], head, buffer)
+                _write_logits(x[rows], head, logits)
             part = _ops.cross_entropy_rows_(
                 logits, V, target[rows], count if wants_gradient else None, log_marginal, *terms, softcap
             )
             if not diversity_weight:
                 stats.append(part)
             if needs_grad_hidden:
-                grads_hidden.append(_grad_hidden(logits, x[rows], head))
+                _write_grad_hidden(logits, head, grad_hidden[rows])
             if needs_grad_weight:
                 total = _add_grad_head(logits, x[rows], total, head.shape[0], total_dtype)
 
         lse, cross_entropy, entropy, smoothing, argmax = (
-            _joined(parts) for parts in zip(*stats, strict=True)
+            parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*stats, strict=True)
         )
         square_sum = _ops.sum_of_squares([weight.contiguous()]) if output_l2 else None
         means = _ops.cross_entropy_mean(
@@ -409,7 +395,7 @@ def forward(
             entropy,
             argmax,
             mean_p,
-            _joined(grads_hidden).to(hidden.dtype) if grads_hidden else torch.empty_like(hidden[:0]),
+            grad_hidden.to(hidden.dtype),
             grad_weight,
         )
 

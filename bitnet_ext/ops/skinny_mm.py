@@ -7,6 +7,8 @@ not take, they are plain PyTorch.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ _ops = torch.ops.bitnet_ext
 _FLOAT = (torch.float32,)
 _MAX_TOKENS = 512
 _MAX_HIDDEN = 256  # kSkinnyMaxHidden of csrc/cuda/skinny_mm.h
+_CAPABILITIES = {(8, 0), (8, 7), (9, 0), (10, 0), (10, 3)}
 
 
 def prefers_skinny_mm(T: int, H: int) -> bool:
@@ -23,14 +26,27 @@ def prefers_skinny_mm(T: int, H: int) -> bool:
     return 1 <= T <= _MAX_TOKENS and H % 8 == 0 and 8 <= H <= _MAX_HIDDEN
 
 
-def _takes(T: int, H: int, *operands: Tensor) -> bool:
-    return prefers_skinny_mm(T, H) and all(
-        t.is_cuda and t.stride(1) == 1 and t.data_ptr() % 16 == 0 for t in operands
+@functools.lru_cache
+def _has_shared_memory(device: torch.device) -> bool:
+    """Whether a block can have the 138 KB that the kernels ask for; sm_86, 89 and 120 stop at 99."""
+    return torch.cuda.get_device_capability(device) in _CAPABILITIES
+
+
+def takes_skinny_mm(T: int, H: int, *operands: Tensor) -> bool:
+    """Whether the kernels compute, and are preferred for, T tokens of H features: every operand a float32 CUDA
+    matrix that starts at 16 bytes and whose rows, all contiguous, do too."""
+    if not prefers_skinny_mm(T, H) or not operands[0].is_cuda or not _has_shared_memory(operands[0].device):
+        return False
+    return all(
+        t.is_cuda
+        and t.dtype == torch.float32
+        and t.shape[-1] > 0
+        and t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and (t.shape[0] == 1 or t.stride(0) % 4 == 0)
+        and t.data_ptr() % 16 == 0
+        for t in operands
     )
-
-
-def _rows_aligned(grad: Tensor) -> bool:
-    return grad.shape[0] == 1 or (grad.stride(0) % 4 == 0 and grad.stride(0) >= grad.shape[1])
 
 
 def _check(op: str, left: str, a: Tensor, right: str, b: Tensor) -> None:
@@ -51,10 +67,12 @@ def skinny_mm_nt(hidden: Tensor, weight: Tensor) -> Tensor:
     op = "skinny_mm_nt"
     _check(op, "hidden", hidden, "weight", weight)
     _checks.shape(op, "weight", weight, (weight.shape[0], hidden.shape[1]), "H as hidden has it")
-    if weight.shape[0] == 0 or not _takes(*hidden.shape, hidden, weight):
+    T, V = hidden.shape[0], weight.shape[0]
+    if V == 0 or not takes_skinny_mm(*hidden.shape, hidden, weight):
         return torch.mm(hidden, weight.t())
-    out: Tensor = _ops.skinny_mm_nt(hidden.contiguous(), weight.contiguous())
-    return out[:, : weight.shape[0]]
+    out = hidden.new_empty((T, -(-V // 64) * 64))
+    _ops.skinny_mm_nt_(out, hidden.contiguous(), weight.contiguous())
+    return out[:, :V]
 
 
 def skinny_mm_nt_ref(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -74,13 +92,11 @@ def skinny_mm_nn(grad: Tensor, weight: Tensor) -> Tensor:
     op = "skinny_mm_nn"
     _check(op, "grad", grad, "weight", weight)
     _checks.shape(op, "weight", weight, (grad.shape[1], weight.shape[1]), "a row for each column of grad")
-    if (
-        grad.shape[1] == 0
-        or not _takes(grad.shape[0], weight.shape[1], grad, weight)
-        or not _rows_aligned(grad)
-    ):
+    T, H = grad.shape[0], weight.shape[1]
+    if not takes_skinny_mm(T, H, grad, weight):
         return torch.mm(grad, weight)
-    out: Tensor = _ops.skinny_mm_nn(grad, weight.contiguous())
+    out = weight.new_empty((T, H))
+    _ops.skinny_mm_nn_(out, grad, weight.contiguous())
     return out
 
 
@@ -101,9 +117,11 @@ def skinny_mm_tn(grad: Tensor, hidden: Tensor) -> Tensor:
     op = "skinny_mm_tn"
     _check(op, "grad", grad, "hidden", hidden)
     _checks.shape(op, "hidden", hidden, (grad.shape[0], hidden.shape[1]), "a row for each row of grad")
-    if grad.shape[1] == 0 or not _takes(*hidden.shape, grad, hidden) or not _rows_aligned(grad):
+    T, H = hidden.shape
+    if not takes_skinny_mm(T, H, grad, hidden):
         return torch.mm(grad.t(), hidden)
-    out: Tensor = _ops.skinny_mm_tn(grad, hidden.contiguous())
+    out = hidden.new_empty((grad.shape[1], H))
+    _ops.skinny_mm_tn_(out, grad, hidden.contiguous(), False)
     return out
 
 

@@ -14,8 +14,12 @@ _ops = torch.ops.bitnet_ext
 
 
 def prefers_small_grad(M: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether :func:`exact_grads_small` is faster than two dequantisations and two products of the library."""
-    return M <= 1024 if dtype == torch.float32 else M <= 128
+    """Whether :func:`exact_grads_small` is faster than two dequantisations and two products of the library.
+
+    Measured on an H200 with N and K from 256 to 8,192: float32 up to M = 2,048 and beyond 1.2 to 4 times as fast,
+    16-bit gradients, whose products the library computes at full speed, while the launches decide.
+    """
+    return M <= 2048 if dtype == torch.float32 else M * N * K < 1 << 27
 
 
 def exact_grads_small(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bitnet_ext import ops
 from bitnet_ext.models import BitNetForCausalLM
-from bitnet_ext.nn import WeightCache, resident_weights, weight_caches
+from bitnet_ext.nn import WeightCache, resident_weights, set_backward, weight_caches
 from bitnet_ext.ops import QuantizedWeight
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.distributed import World, mean_over_ranks
@@ -103,6 +104,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.device = device
         self.world = world
+        set_backward(model, cast(ops.Backward, config.backward))
         loss = LanguageModelLoss(model, config)
         self._loss: nn.Module = DistributedDataParallel(loss) if world.size > 1 else loss
         self.block_steps = BLOCK_STEPS if device.type == "cuda" else 1

@@ -116,6 +116,15 @@ struct Kernels {
                     Dtype dtype,
                     void* y);
 
+  // --- RMSNorm; gain may be null ---
+  void (*rms_norm)(const void* x,
+                   Dtype dtype,
+                   const float* gain,
+                   double eps,
+                   int64_t rows,
+                   int64_t K,
+                   void* y,
+                   float* rstd);
   // --- RMSNorm backward; grad_gain [K] fp32 is added to, null without a gain ---
   void (*rms_norm_backward)(const void* grad_y,
                             Dtype grad_dtype,

@@ -53,17 +53,15 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const RotaryShape shap
                                                           const Parts<scalar_t> to,
                                                           int heads,
                                                           int slots,
-                                                          int64_t units) {
-  const int half = shape.head_dim / 2, vectors = half / kVec;
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+                                                          unsigned units) {
+  const unsigned half = shape.head_dim / 2, vectors = half / kVec;
+  const unsigned unit = blockIdx.x * kThreads + threadIdx.x;  // 32 bits: a 64-bit division is a function call
   wait_for_previous_kernel();
   allow_next_kernel();
   if (unit >= units) return;
-  const int per_token = slots * vectors;
-  const int64_t token = unit / per_token;
-  const int rest = static_cast<int>(unit - token * per_token);
+  const unsigned per_token = slots * vectors, token = unit / per_token, rest = unit % per_token;
   const int slot = rest / vectors, i = rest % vectors * kVec;
-  const int64_t b = token / shape.T, t = token - b * shape.T;
+  const int64_t b = token / static_cast<unsigned>(shape.T), t = token % static_cast<unsigned>(shape.T);
 
   float low[kHeads][kVec], high[kHeads][kVec], c[kVec], s[kVec];
 #pragma unroll
@@ -121,7 +119,7 @@ cudaError_t launch(const RotaryShape& shape,
   const int64_t units = shape.B * shape.T * slots * (vectors ? half / kVec : half);
   const int64_t blocks = ceil_div(units, kThreads);
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (units > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = vectors ? rotary_kernel<scalar_t, kVec, kSign> : rotary_kernel<scalar_t, 1, kSign>;
   return launch_kernel(kernel,
                        static_cast<unsigned>(blocks),
@@ -134,7 +132,7 @@ cudaError_t launch(const RotaryShape& shape,
                        to,
                        heads,
                        slots,
-                       units);
+                       static_cast<unsigned>(units));
 }
 
 // The parts of a contiguous stacked tensor.

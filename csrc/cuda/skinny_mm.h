@@ -1,4 +1,5 @@
-// fp32 products of few tokens with a tall matrix, as an output layer needs them: csrc/cuda/skinny_mm.cu.
+// fp32 products of few tokens with a tall matrix, as an output layer needs them: csrc/cuda/skinny_mm.cu
+// (nt, tn) and skinny_nn.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,6 +23,7 @@ struct SkinnyArgs {
   float* out;       // nt: [T, V]; nn: [T, H]; tn: [V, H]
   float* partials;  // nn: [num_splits, T, H]
   int num_splits;   // nn
+  bool accumulate;  // tn: add to out
   bool dependent_launch;
 };
 
@@ -37,7 +39,7 @@ inline int skinny_nn_splits(const SkinnyArgs& args, int num_sms) {
 cudaError_t launch_skinny_nt(const SkinnyArgs& args, int num_sms, cudaStream_t stream);
 // out = grad * weight, by num_splits shares of V and their sum
 cudaError_t launch_skinny_nn(const SkinnyArgs& args, cudaStream_t stream);
-// out = grad^T * hidden
+// out (+)= grad^T * hidden
 cudaError_t launch_skinny_tn(const SkinnyArgs& args, int num_sms, cudaStream_t stream);
 
 }  // namespace bitnet_ext::cuda

@@ -1,0 +1,357 @@
+// An output gradient g [M, N] in 8 bits, twice, rounded at random:
+//
+//   by_row[m, n]    = round(g[m, n] weight_scale[n] / row_scale[m])            for dL/dx = by_row * W
+//   by_column[n, j] = round(g[m, n] act_scale[m] / unit(j, n)), m = order[j]   for dL/dW = by_column * x
+//
+// row_scale is the row's largest magnitude / 126.999; int8_gradient.h has the units of by_column. round(v) is
+// floor(v + u) with u uniform in multiples of 2^-16: the mean over the seeds is v. u comes from a hash of
+// (seed, m, n), 16 bits for each of the two roundings, so neither the launch nor the order matters.
+//
+// Three kernels. Statistics: reads g once; maxima of rows and columns meet as integers (atomicMax on the bits
+// of magnitudes, whose order is that of the numbers; NaN is above all), so their order does not matter.
+// Order: one block puts the tokens into classes, powers of two of their magnitude below the largest, by a
+// stable counting sort. Quantisation: reads g again, 128 places x 64 columns a block, in the order of places;
+// a thread has 4 tokens x 8 columns, packs the 4 tokens of a column into a word and sends the words through
+// shared memory, [64 columns][33 words], so that both results leave in whole sectors.
+//
+// Bound: memory, 2 + 2 bytes read and 1 + 1 written per value; the hash (9 instructions a value) just fits
+// beside it.
+#include "cuda/common/dispatch.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/int8_gradient.h"
+#include "cuda/quantize_grad.h"
+
+namespace bitnet_ext::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVec = 8;  // columns of a thread
+
+__device__ __forceinline__ uint32_t magnitude_bits(float v) {
+  return __float_as_uint(v) & 0x7fffffffu;
+}
+
+struct ColumnScales {
+  float value[kVec];
+
+  __device__ __forceinline__ ColumnScales(const QuantizeGradArgs& args, int64_t col) {
+    int segment = 0;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const int64_t n = col + i;
+      value[i] = 0.0f;
+      if (n >= args.N) continue;
+      if (!args.scale_per_row) {
+        while (n >= args.segment_end[segment]) ++segment;
+      }
+      value[i] = args.weight_scale[args.scale_per_row ? n : segment];
+    }
+  }
+};
+
+// --- statistics -----------------------------------------------------------------------------------------
+
+constexpr int kStatsCols = 512, kStatsRows = 64, kStatsLanes = kStatsCols / kVec;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    gradient_maxima_kernel(const QuantizeGradArgs args, uint32_t tiles_wide, bool aligned) {
+  constexpr int kGroups = kThreads / kStatsLanes, kRowsEach = kStatsRows / kGroups;
+  __shared__ uint32_t row_max[kStatsRows], token_max[kStatsRows], column_max[kStatsCols];
+  const T* grad = static_cast<const T*>(args.grad);
+  const int64_t first_col = static_cast<int64_t>(blockIdx.x % tiles_wide) * kStatsCols;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / tiles_wide) * kStatsRows;
+  const int lane = static_cast<int>(threadIdx.x) % kStatsLanes;
+  const int group = static_cast<int>(threadIdx.x) / kStatsLanes;
+  const int64_t col = first_col + lane * kVec;
+  const bool columns = args.by_column != nullptr;
+  for (int i = threadIdx.x; i < kStatsCols; i += kThreads) column_max[i] = 0;
+  if (threadIdx.x < kStatsRows) row_max[threadIdx.x] = token_max[threadIdx.x] = 0;
+  __syncthreads();
+
+  const ColumnScales scales(args, col);
+  uint32_t of_column[kVec] = {};
+#pragma unroll 4
+  for (int r = 0; r < kRowsEach; ++r) {
+    const int in_tile = r * kGroups + group;
+    const int64_t row = first_row + in_tile;
+    if (row >= args.M) break;  // the whole warp
+    float g[kVec];
+    load_floats<kVec>(grad + row * args.N + col, args.N - col, aligned, g);
+    const float act_scale = columns ? args.act_scale[row] : 0.0f;
+    uint32_t of_row = 0, of_token = 0;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      of_row = max(of_row, magnitude_bits(g[i] * scales.value[i]));
+      const uint32_t scaled = magnitude_bits(g[i] * act_scale);
+      of_token = max(of_token, scaled);
+      of_column[i] = max(of_column[i], scaled);
+    }
+    of_row = __reduce_max_sync(kFullWarp, of_row);
+    of_token = __reduce_max_sync(kFullWarp, of_token);
+    if (threadIdx.x % 32 == 0) {
+      atomicMax(row_max + in_tile, of_row);
+      atomicMax(token_max + in_tile, of_token);
+    }
+  }
+  if (columns) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) atomicMax(column_max + lane * kVec + i, of_column[i]);
+  }
+  __syncthreads();
+  if (threadIdx.x < kStatsRows && first_row + threadIdx.x < args.M) {
+    atomicMax(args.row_max + first_row + threadIdx.x, row_max[threadIdx.x]);
+    if (columns) atomicMax(args.token_max + first_row + threadIdx.x, token_max[threadIdx.x]);
+  }
+  if (columns) {
+    for (int i = threadIdx.x; i < kStatsCols && first_col + i < args.N; i += kThreads) {
+      atomicMax(reinterpret_cast<uint32_t*>(args.column_max) + first_col + i, column_max[i]);
+    }
+  }
+}
+
+// --- the order of the tokens ----------------------------------------------------------------------------
+
+constexpr int kOrderThreads = 1024, kOrderWarps = kOrderThreads / 32;
+constexpr int kClasses = 16;
+constexpr float kLargestProduct = 128.0f * 127.0f;
+
+// The power of two that a token's magnitude lies below, counted down from the largest token's.
+__device__ __forceinline__ int class_of(uint32_t bits, uint32_t largest) {
+  return min(kClasses - 1, static_cast<int>(largest >> 23) - static_cast<int>(bits >> 23));
+}
+
+// One block. Every warp has a run of tokens; counts by class and warp, their prefix sums, then places.
+__global__ void __launch_bounds__(kOrderThreads) order_tokens_kernel(const QuantizeGradArgs args) {
+  __shared__ int counts[kClasses * kOrderWarps];
+  __shared__ int class_begin[kClasses + 1];
+  __shared__ uint32_t largest_of[kOrderWarps];
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int M = static_cast<int>(args.M);
+  const int places = static_cast<int>(padded_tokens(args.M)), run = places / kOrderWarps;
+  const int begin = warp * run, end = min(M, begin + run);
+
+  uint32_t largest = 0;
+  for (int m = begin + lane; m < end; m += 32) largest = max(largest, args.token_max[m]);
+  largest = block_max<kOrderThreads>(largest, largest_of);
+  for (int i = threadIdx.x; i < kClasses * kOrderWarps; i += kOrderThreads) counts[i] = 0;
+  __syncthreads();
+  for (int m = begin + lane; m < end; m += 32) {
+    atomicAdd(counts + class_of(args.token_max[m], largest) * kOrderWarps + warp, 1);
+  }
+  __syncthreads();
+  if (warp < kClasses) {  // prefix sums over the warps of a class
+    const int mine = counts[warp * kOrderWarps + lane];
+    int sum = mine;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(kFullWarp, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    counts[warp * kOrderWarps + lane] = sum - mine;
+    if (lane == 31) class_begin[warp + 1] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    class_begin[0] = 0;
+    for (int c = 0; c < kClasses; ++c) class_begin[c + 1] += class_begin[c];
+  }
+  __syncthreads();
+  for (int first = begin; first < end; first += 32) {
+    const int m = first + lane;
+    const bool valid = m < end;
+    const unsigned active = __ballot_sync(kFullWarp, valid);
+    if (!valid) break;
+    const int c = class_of(args.token_max[m], largest);
+    const unsigned same = __match_any_sync(active, c);
+    int* next = counts + c * kOrderWarps + warp;
+    const int place = class_begin[c] + *next + __popc(same & ((1u << lane) - 1));
+    __syncwarp(active);
+    if ((same >> lane >> 1) == 0) *next += __popc(same);  // the last of them
+    __syncwarp(active);
+    args.order[place] = m;
+  }
+  for (int j = M + static_cast<int>(threadIdx.x); j < places; j += kOrderThreads) args.order[j] = -1;
+
+  // Bounds of the stages. A stage may go down to its first token's class, as long as no sum can leave int32:
+  // all before it, in its units, and all that follows it, unreduced.
+  if (threadIdx.x == 0) {
+    const float top = largest >= 0x7f800000u
+                          ? __uint_as_float(0x7fffffffu)
+                          : exp2f(static_cast<float>(static_cast<int>(largest >> 23) - 126));
+    int shift = 0, c = 0;
+    float sum = 0.0f;  // of what lies before, in units of the present shift
+    for (int s = 0; s < places / kStageTokens; ++s) {
+      const int first = s * kStageTokens;
+      while (c + 1 < kClasses && class_begin[c + 1] <= first) ++c;
+      const float left = kLargestProduct * static_cast<float>(places - first);
+      while (shift < c && 2.0f * sum + left < 2147000000.0f) {
+        ++shift;
+        sum *= 2.0f;
+      }
+      args.stage_bound[s] = ldexpf(top, -shift);
+      sum += kLargestProduct * kStageTokens;
+    }
+  }
+}
+
+// --- quantisation ---------------------------------------------------------------------------------------
+
+constexpr int kTileTokens = 128, kTileCols = 64, kTokensEach = 4;
+
+// 64 bits for a row (the finaliser of splitmix64), 32 for each of its values.
+__device__ __forceinline__ uint64_t row_key(uint64_t seed, uint64_t m) {
+  uint64_t x = seed + (m + 1) * 0x9E3779B97F4A7C15ull;
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBull;
+  return x ^ x >> 31;
+}
+
+__device__ __forceinline__ uint32_t random_bits(uint64_t key, uint32_t n) {
+  uint32_t x = n * 0x9E3779B1u + static_cast<uint32_t>(key);
+  x ^= x >> 15;
+  x = x * 0x85EBCA6Bu + static_cast<uint32_t>(key >> 32);
+  x ^= x >> 13;
+  x *= 0xC2B2AE35u;
+  return x ^ x >> 16;
+}
+
+// floor(value * factor + u) as the low byte of the result, u the upper 16 of `bits` / 2^16. u enters as 1 + u
+// from its bits; adding 1.5 * 2^23, rounded down, leaves the integer in the low bits: no conversions, of
+// which a multiprocessor makes 16 a clock.
+__device__ __forceinline__ uint32_t round_at_random(float value, float factor, uint32_t bits) {
+  const float one_and_u = __uint_as_float(bits >> 9 & 0x007fff80u | 0x3f800000u);
+  return __float_as_uint(__fadd_rd(__fmaf_rn(value, factor, one_and_u), 12582911.0f));
+}
+
+__device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// 1 / scale; 0 for a scale that is 0, too small to invert, or NaN.
+__device__ __forceinline__ float inverse(float scale) {
+  return scale > 1e-36f ? 1.0f / scale : 0.0f;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    quantize_grad_kernel(const QuantizeGradArgs args, uint32_t tiles_wide, bool aligned) {
+  constexpr int kStride = kTileTokens / kTokensEach + 1;
+  __shared__ uint32_t words[kTileCols * kStride];
+  const T* grad = static_cast<const T*>(args.grad);
+  const int64_t first_col = static_cast<int64_t>(blockIdx.x % tiles_wide) * kTileCols;
+  const int64_t first_place = static_cast<int64_t>(blockIdx.x / tiles_wide) * kTileTokens;
+  const int part = static_cast<int>(threadIdx.x) % 8, group = static_cast<int>(threadIdx.x) / 8;
+  const int64_t col = first_col + part * kVec, width = padded_tokens(args.M);
+  const bool rows = args.by_row != nullptr, columns = args.by_column != nullptr;
+
+  int64_t token[kTokensEach];
+  float g[kTokensEach][kVec];
+#pragma unroll
+  for (int i = 0; i < kTokensEach; ++i) {
+    const int64_t place = first_place + group * kTokensEach + i;
+    token[i] = columns ? args.order[place] : place < args.M ? place : -1;
+  }
+#pragma unroll
+  for (int i = 0; i < kTokensEach; ++i) {
+    load_floats<kVec>(
+        grad + token[i] * args.N + col, token[i] < 0 ? 0 : args.N - col, aligned && token[i] >= 0, g[i]);
+  }
+  const ColumnScales scales(args, col);
+  float to_unit[kVec];
+  if (columns) {
+    const float bound = args.stage_bound[first_place / kStageTokens];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const float largest = col + i < args.N ? args.column_max[col + i] : 0.0f;
+      to_unit[i] = inverse(column_bound(bound, largest) * kInverseLargestCode);
+    }
+  }
+  const uint64_t seed = static_cast<uint64_t>(*args.seed);
+  uint32_t of_column[kVec] = {};
+#pragma unroll
+  for (int i = 0; i < kTokensEach; ++i) {
+    const int64_t m = token[i];
+    if (m < 0) continue;
+    const uint64_t key = row_key(seed, static_cast<uint64_t>(m));
+    const float largest = rows ? __uint_as_float(args.row_max[m]) : 0.0f;
+    const float row_scale =
+        largest < __uint_as_float(0x7f800000u) ? largest * kInverseLargestCode : __uint_as_float(0x7fffffffu);
+    const float to_row = inverse(row_scale);
+    const float act_scale = columns ? args.act_scale[m] : 0.0f;
+    uint32_t of_row[kVec];
+#pragma unroll
+    for (int c = 0; c < kVec; ++c) {
+      const uint32_t bits = random_bits(key, static_cast<uint32_t>(col) + c);
+      of_row[c] = round_at_random(g[i][c] * scales.value[c], to_row, bits);
+      const uint32_t byte = round_at_random(g[i][c] * act_scale, to_unit[c], bits << 16);
+      of_column[c] = i == 0 ? byte & 0xffu
+                            : __byte_perm(of_column[c],
+                                          byte,
+                                          i == 1   ? 0x3240
+                                          : i == 2 ? 0x3410
+                                                   : 0x4210);
+    }
+    if (!rows) continue;
+    if (col == 0) args.row_scale[m] = row_scale;
+    const uint2 eight = make_uint2(low_bytes(of_row[0], of_row[1], of_row[2], of_row[3]),
+                                   low_bytes(of_row[4], of_row[5], of_row[6], of_row[7]));
+    int8_t* target = args.by_row + m * args.N + col;
+    if (aligned && col < args.N) {
+      *reinterpret_cast<uint2*>(target) = eight;
+    } else {
+      const int8_t* bytes = reinterpret_cast<const int8_t*>(&eight);
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) {
+        if (col + c < args.N) target[c] = bytes[c];
+      }
+    }
+  }
+  if (!columns) return;
+#pragma unroll
+  for (int c = 0; c < kVec; ++c) words[(part * kVec + c) * kStride + group] = of_column[c];
+  __syncthreads();
+#pragma unroll
+  for (int pass = 0; pass < 2; ++pass) {
+    const int row = pass * 32 + group;
+    const uint32_t* source = words + row * kStride + part * 4;
+    if (first_col + row >= args.N) break;
+    *reinterpret_cast<uint4*>(args.by_column + (first_col + row) * width + first_place + part * 16) =
+        make_uint4(source[0], source[1], source[2], source[3]);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, cudaStream_t stream) {
+  const int64_t width = padded_tokens(args.M);
+  if (args.M == 0) return cudaSuccess;
+  const int64_t stats_wide = ceil_div(args.N, kStatsCols), tiles_wide = ceil_div(args.N, kTileCols);
+  if (stats_wide * ceil_div(args.M, kStatsRows) > INT32_MAX ||
+      tiles_wide * (width / kTileTokens) > INT32_MAX || width > INT32_MAX) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const auto M = static_cast<size_t>(args.M), N = static_cast<size_t>(args.N);
+  cudaError_t status = cudaMemsetAsync(args.row_max, 0, 2 * M * sizeof(uint32_t), stream);
+  if (status != cudaSuccess) return status;
+  if (args.by_column != nullptr) {
+    status = cudaMemsetAsync(args.column_max, 0, N * sizeof(float), stream);
+    if (status != cudaSuccess) return status;
+  }
+  return dispatch_dtype(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    // Whole vectors in every row, at multiples of 16 bytes
+    const bool aligned = args.N % kVec == 0 && reinterpret_cast<uintptr_t>(args.grad) % 16 == 0;
+    gradient_maxima_kernel<T>
+        <<<static_cast<unsigned>(stats_wide * ceil_div(args.M, kStatsRows)), kThreads, 0, stream>>>(
+            args, static_cast<uint32_t>(stats_wide), aligned);
+    if (args.by_column != nullptr) order_tokens_kernel<<<1, kOrderThreads, 0, stream>>>(args);
+    quantize_grad_kernel<T>
+        <<<static_cast<unsigned>(tiles_wide * (width / kTileTokens)), kThreads, 0, stream>>>(
+            args, static_cast<uint32_t>(tiles_wide), aligned);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace bitnet_ext::cuda
