@@ -81,12 +81,13 @@ def test_against_the_reference(
     else:
         assert out.marginal_entropy is None and out.mean_p is None
     assert_same_statistics(out, ref, 1e-5)
-    # No further from float64 than twice plain PyTorch in float32, and a floor of rounding.
+    # No further from float64 than twice plain PyTorch in float32, and two roundings: of a few numbers (T = 1,
+    # V = 3) its own are now and then all lucky.
     for got, eager, exact in (
         (grad_hidden, eager_hidden, ref_hidden),
         (grad_weight, eager_weight, ref_weight),
     ):
-        limit = 2 * (eager.double() - exact).norm() + 1e-7 * exact.norm()
+        limit = 2 * (eager.double() - exact).norm() + 2**-22 * exact.norm()
         assert (got.double() - exact).norm() <= limit
 
 
