@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,3 +219,20 @@ def test_bad_arguments_are_named() -> None:
         ops.rotary_attention(qkv, cos, sin.double(), 4, 2)
     with pytest.raises(TypeError, match="qkv must be of dtype"):
         ops.rotary_attention(qkv.double(), cos, sin, 4, 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_benchmark_runs(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("safetensors")  # of bitnet_ext.training, whose choice of device the script uses
+    script = Path(__file__).resolve().parent.parent / "bench" / "attention.py"
+    spec = importlib.util.spec_from_file_location("attention", script)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    file = tmp_path / "result.json"
+    module.main(["--quick", "--device", device, "--json", str(file)])
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["B"], row["T"], row["num_kv_heads"], row["dtype"]) == (2, 9, 2, "float32")
+    for name in ("forward", "both"):
+        assert row[name]["seconds"]["median"] > 0 and row[name]["ratio"] > 0
+    assert "2x9x4x2x32xfloat32 " in capsys.readouterr().out
