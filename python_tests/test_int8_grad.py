@@ -1,4 +1,4 @@
-"""The int8 backward: what it rounds, that it rounds without bias, and how far its gradients point from the exact ones."""
+"""The int8 backward: its rounding, that it has no bias, and how far its gradients point from the exact ones."""
 
 from __future__ import annotations
 
@@ -184,9 +184,7 @@ def test_zeros_and_empty(device: str) -> None:
     )
     assert grad_x is not None and grad_weight is not None
     assert not bool(grad_x[11].any()) and not bool(grad_weight[3].any())
-    zero = ops.int8_grads(
-        g * 0, x_i8, act_scale, packed, weight_scale, [40], True, True, torch.float32
-    )
+    zero = ops.int8_grads(g * 0, x_i8, act_scale, packed, weight_scale, [40], True, True, torch.float32)
     assert all(t is not None and not bool(t.any()) for t in zero)
     empty_x, empty_weight = ops.int8_grads(
         g[:0], x_i8[:0], act_scale[:0], packed, weight_scale, [40], True, True, torch.float32

@@ -282,9 +282,7 @@ def _check(grad_y: Tensor, x_i8: Tensor, act_scale: Tensor, segments: Sequence[i
     _checks.tensor(op, "act_scale", act_scale, dtypes=(torch.float32,), dim=1)
     _checks.shape(op, "act_scale", act_scale, (grad_y.shape[0],), "one a row of grad_y")
     if x_i8.shape[0] != grad_y.shape[0]:
-        raise ValueError(
-            f"{op}: x_i8 must have the {grad_y.shape[0]} rows of grad_y, got {x_i8.shape[0]}"
-        )
+        raise ValueError(f"{op}: x_i8 must have the {grad_y.shape[0]} rows of grad_y, got {x_i8.shape[0]}")
     if sum(segments) != grad_y.shape[1]:
         raise ValueError(
             f"{op}: segments must sum to the {grad_y.shape[1]} columns of grad_y, got {list(segments)}"

@@ -10,8 +10,8 @@
 // Three kernels. Statistics: reads g once; maxima of rows and columns meet as integers (atomicMax on the bits
 // of magnitudes, whose order is that of the numbers; NaN is above all), so their order does not matter.
 // Order: one block puts the tokens into classes, powers of two of their magnitude below the largest, by a
-// stable counting sort. Quantisation: reads g again, 128 places x 64 columns a block, in the order of places; a
-// thread has 4 tokens x 8 columns, packs the 4 tokens of a column into a word and sends the words through
+// stable counting sort. Quantisation: reads g again, 128 places x 64 columns a block, in the order of places;
+// a thread has 4 tokens x 8 columns, packs the 4 tokens of a column into a word and sends the words through
 // shared memory, [64 columns][33 words], so that both results leave in whole sectors.
 //
 // Bound: memory, 2 + 2 bytes read and 1 + 1 written per value; the hash (9 instructions a value) just fits
@@ -184,8 +184,9 @@ __global__ void __launch_bounds__(kOrderThreads) order_tokens_kernel(const Quant
   // Bounds of the stages. A stage may go down to its first token's class, as long as no sum can leave int32:
   // all before it, in its units, and all that follows it, unreduced.
   if (threadIdx.x == 0) {
-    const float top = largest >= 0x7f800000u ? __uint_as_float(0x7fffffffu)
-                                             : exp2f(static_cast<float>(static_cast<int>(largest >> 23) - 126));
+    const float top = largest >= 0x7f800000u
+                          ? __uint_as_float(0x7fffffffu)
+                          : exp2f(static_cast<float>(static_cast<int>(largest >> 23) - 126));
     int shift = 0, c = 0;
     float sum = 0.0f;  // of what lies before, in units of the present shift
     for (int s = 0; s < places / kStageTokens; ++s) {
@@ -224,8 +225,8 @@ __device__ __forceinline__ uint32_t random_bits(uint64_t key, uint32_t n) {
 }
 
 // floor(value * factor + u) as the low byte of the result, u the upper 16 of `bits` / 2^16. u enters as 1 + u
-// from its bits; adding 1.5 * 2^23, rounded down, leaves the integer in the low bits: no conversions, of which
-// a multiprocessor makes 16 a clock.
+// from its bits; adding 1.5 * 2^23, rounded down, leaves the integer in the low bits: no conversions, of
+// which a multiprocessor makes 16 a clock.
 __device__ __forceinline__ uint32_t round_at_random(float value, float factor, uint32_t bits) {
   const float one_and_u = __uint_as_float(bits >> 9 & 0x007fff80u | 0x3f800000u);
   return __float_as_uint(__fadd_rd(__fmaf_rn(value, factor, one_and_u), 12582911.0f));

@@ -14,8 +14,8 @@ struct QuantizeGradArgs {
   const void* grad;  // [M, N] of dtype, rows of N
   DType dtype;
   int64_t M, N;
-  const float* act_scale;             // [M]
-  const float* weight_scale;          // [num_segments], or [N] when scale_per_row
+  const float* act_scale;     // [M]
+  const float* weight_scale;  // [num_segments], or [N] when scale_per_row
   bool scale_per_row;
   int num_segments;                   // 1 .. kMaxSegments
   int64_t segment_end[kMaxSegments];  // first column beyond each segment; the last is N
@@ -36,8 +36,8 @@ struct QuantizeGradArgs {
 
 cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, cudaStream_t stream);
 
-// int8 [M, K] -> [K, width]: column j of the result is row order[j], zeros where that is negative. `order` null:
-// the rows as they are.
+// int8 [M, K] -> [K, width]: column j of the result is row order[j], zeros where that is negative. `order`
+// null: the rows as they are.
 cudaError_t launch_transpose_int8(const int8_t* x,
                                   int64_t M,
                                   int64_t K,

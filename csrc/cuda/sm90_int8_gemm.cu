@@ -1,7 +1,8 @@
 // The weight gradient from int8 operands on Hopper's tensor cores: a product over tokens, both operands in
 // shared memory.
 //
-//   out[r, c] = unit(r) * sum_m a[r, m] * b[c, m]        int8 [rows, depth], int8 [cols, depth], tokens contiguous
+//   out[r, c] = unit(r) * sum_m a[r, m] * b[c, m]        int8 [rows, depth], int8 [cols, depth], tokens
+//   contiguous
 //
 // The unit of a row may fall along the tokens, by stages of 128 (int8_gradient.h). Where it does, the int32
 // sums so far are multiplied by the ratio of the two units and rounded, in place: a second set of
@@ -127,10 +128,7 @@ __device__ __forceinline__ void store_tile(const Int8GemmParams& params,
     const int64_t row = first_row + warp * 16 + lane / 4, col = first_col + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 128; ++i) {
-      store_one(args,
-                row + i / 2 % 2 * 8,
-                col + i / 4 * 8 + i % 2,
-                __int2float_rn(acc[i]) * unit[i / 2 % 2]);
+      store_one(args, row + i / 2 % 2 * 8, col + i / 4 * 8 + i % 2, __int2float_rn(acc[i]) * unit[i / 2 % 2]);
     }
     return;
   }
@@ -233,7 +231,8 @@ __global__ void __cluster_dims__(1, 2, 1) __launch_bounds__(Int8GemmTraits::kThr
       int first_row, first_col;
       params.origin(piece.tile, first_row, first_col);
       first_row += rank * Traits::kBlockRowsOfA + warpgroup * 64;
-      const RowPair rows(params.args, first_row + static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16 + lane / 4);
+      const RowPair rows(params.args,
+                         first_row + static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16 + lane / 4);
       float bound = __ldg(params.args.stage_bound + piece.begin);
       for (int k = piece.begin; k < piece.end; ++k) {
         const float next_bound = __ldg(params.args.stage_bound + min(k + 1, piece.end - 1));
@@ -244,8 +243,7 @@ __global__ void __cluster_dims__(1, 2, 1) __launch_bounds__(Int8GemmTraits::kThr
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kStageTokens / 32; ++step) {
-          wgmma_m64n256_shared(
-              acc[0], a_tile + 2 * step, b_tile + 2 * step, step == 0 ? k > piece.begin : 1);
+          wgmma_m64n256_shared(acc[0], a_tile + 2 * step, b_tile + 2 * step, step == 0 ? k > piece.begin : 1);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -335,14 +333,10 @@ cudaError_t launch_sm90_int8_gemm(const Int8GemmArgs& args, const Int8GemmPlan& 
   status = make_tensor_map(spec, args.b, &b_map);
   if (status != cudaSuccess) return status;
   if (params.store_by_copy_engine) {
-    status = make_tensor_map({CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                              2,
-                              {cols, rows},
-                              {cols * 2},
-                              {64, 64},
-                              CU_TENSOR_MAP_SWIZZLE_128B},
-                             args.out,
-                             &out_map);
+    status = make_tensor_map(
+        {CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, {cols, rows}, {cols * 2}, {64, 64}, CU_TENSOR_MAP_SWIZZLE_128B},
+        args.out,
+        &out_map);
     if (status != cudaSuccess) return status;
   }
   status = cudaFuncSetAttribute(

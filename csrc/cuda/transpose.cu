@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) transpose_int8_kernel(const int8_t* 
   for (int w = 0; w < 4; ++w) {
     uint32_t m[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) m[i] = w == 0 ? vectors[i].x : w == 1 ? vectors[i].y : w == 2 ? vectors[i].z : vectors[i].w;
+    for (int i = 0; i < 4; ++i)
+      m[i] = w == 0 ? vectors[i].x : w == 1 ? vectors[i].y : w == 2 ? vectors[i].z : vectors[i].w;
     transpose_4x4(m);
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[(part * 16 + w * 4 + i) * kStride + group] = m[i];
@@ -106,7 +107,8 @@ __global__ void __launch_bounds__(kThreads) transpose_prepacked_kernel(const uin
     const uint32_t word = s == 0 ? vector.x : s == 1 ? vector.y : s == 2 ? vector.z : vector.w;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      codes[(warp * 16 + g + 8 * (j % 2)) * kStride + 8 * s + 4 * (j / 2) + t] = word << (2 * j) & 0xC0C0C0C0u;
+      codes[(warp * 16 + g + 8 * (j % 2)) * kStride + 8 * s + 4 * (j / 2) + t] =
+          word << (2 * j) & 0xC0C0C0C0u;
     }
   }
   __syncthreads();

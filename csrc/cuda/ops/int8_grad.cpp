@@ -89,10 +89,9 @@ Tensor transpose_prepacked(const Tensor& prepacked, int64_t N, int64_t K) {
          " and begin at a multiple of 16 bytes; got ",
          shape_text(prepacked));
   }
-  Tensor out =
-      context.new_tensor({block_rows(K), block_cols(N), kLanes, kStepsPerBlock}, ScalarType::Int);
-  context.check(launch_transpose_prepacked(
-      prepacked.const_data_ptr(), N, K, out.mutable_data_ptr(), context.stream()));
+  Tensor out = context.new_tensor({block_rows(K), block_cols(N), kLanes, kStepsPerBlock}, ScalarType::Int);
+  context.check(
+      launch_transpose_prepacked(prepacked.const_data_ptr(), N, K, out.mutable_data_ptr(), context.stream()));
   return out;
 }
 

@@ -36,8 +36,8 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, uint32_t r
       : "memory");
 }
 
-// tma_load_2d into each block of the cluster whose bit is set in `blocks`, at the same place in each; the bytes
-// count towards each one's own barrier.
+// tma_load_2d into each block of the cluster whose bit is set in `blocks`, at the same place in each; the
+// bytes count towards each one's own barrier.
 __device__ __forceinline__ void tma_load_2d_multicast(
     void* shared, const CUtensorMap* map, uint64_t* barrier, int32_t c0, int32_t c1, uint16_t blocks) {
   asm volatile(
