@@ -32,23 +32,14 @@ __device__ __forceinline__ uint32_t magnitude_bits(float v) {
   return __float_as_uint(v) & 0x7fffffffu;
 }
 
-struct ColumnScales {
-  float value[kVec];
-
-  __device__ __forceinline__ ColumnScales(const QuantizeGradArgs& args, int64_t col) {
-    int segment = 0;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const int64_t n = col + i;
-      value[i] = 0.0f;
-      if (n >= args.N) continue;
-      if (!args.scale_per_row) {
-        while (n >= args.segment_end[segment]) ++segment;
-      }
-      value[i] = args.weight_scale[args.scale_per_row ? n : segment];
-    }
-  }
-};
+// The weight scale of column n; 0 beyond the last.
+__device__ __forceinline__ float scale_of_column(const QuantizeGradArgs& args, int64_t n) {
+  if (n >= args.N) return 0.0f;
+  if (args.scale_per_row) return args.weight_scale[n];
+  int segment = 0;
+  while (n >= args.segment_end[segment]) ++segment;
+  return args.weight_scale[segment];
+}
 
 // --- statistics -----------------------------------------------------------------------------------------
 
@@ -59,6 +50,7 @@ __global__ void __launch_bounds__(kThreads)
     gradient_maxima_kernel(const QuantizeGradArgs args, uint32_t tiles_wide, bool aligned) {
   constexpr int kGroups = kThreads / kStatsLanes, kRowsEach = kStatsRows / kGroups;
   __shared__ uint32_t row_max[kStatsRows], token_max[kStatsRows], column_max[kStatsCols];
+  __shared__ __align__(16) float column_scale[kStatsCols];
   const T* grad = static_cast<const T*>(args.grad);
   const int64_t first_col = static_cast<int64_t>(blockIdx.x % tiles_wide) * kStatsCols;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / tiles_wide) * kStatsRows;
@@ -66,11 +58,20 @@ __global__ void __launch_bounds__(kThreads)
   const int group = static_cast<int>(threadIdx.x) / kStatsLanes;
   const int64_t col = first_col + lane * kVec;
   const bool columns = args.by_column != nullptr;
-  for (int i = threadIdx.x; i < kStatsCols; i += kThreads) column_max[i] = 0;
+  for (int i = threadIdx.x; i < kStatsCols; i += kThreads) {
+    column_max[i] = 0;
+    column_scale[i] = scale_of_column(args, first_col + i);
+  }
   if (threadIdx.x < kStatsRows) row_max[threadIdx.x] = token_max[threadIdx.x] = 0;
   __syncthreads();
 
-  const ColumnScales scales(args, col);
+  float scales[kVec];
+  bool one_scale = true;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    scales[i] = column_scale[lane * kVec + i];
+    one_scale &= scales[i] == scales[0];
+  }
   uint32_t of_column[kVec] = {};
 #pragma unroll 4
   for (int r = 0; r < kRowsEach; ++r) {
@@ -80,13 +81,19 @@ __global__ void __launch_bounds__(kThreads)
     float g[kVec];
     load_floats<kVec>(grad + row * args.N + col, args.N - col, aligned, g);
     const float act_scale = columns ? args.act_scale[row] : 0.0f;
-    uint32_t of_row = 0, of_token = 0;
+    uint32_t largest = 0;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      of_row = max(of_row, magnitude_bits(g[i] * scales.value[i]));
-      const uint32_t scaled = magnitude_bits(g[i] * act_scale);
-      of_token = max(of_token, scaled);
-      of_column[i] = max(of_column[i], scaled);
+      largest = max(largest, magnitude_bits(g[i]));
+      of_column[i] = max(of_column[i], magnitude_bits(g[i] * act_scale));
+    }
+    // Rounded products are in the order of their factors, so the largest of them is the largest's.
+    uint32_t of_token = magnitude_bits(__uint_as_float(largest) * act_scale);
+    uint32_t of_row = magnitude_bits(__uint_as_float(largest) * scales[0]);
+    if (!one_scale) {
+      of_row = 0;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) of_row = max(of_row, magnitude_bits(g[i] * scales[i]));
     }
     of_row = __reduce_max_sync(kFullWarp, of_row);
     of_token = __reduce_max_sync(kFullWarp, of_token);
@@ -234,67 +241,88 @@ __device__ __forceinline__ float inverse(float scale) {
   return scale > 1e-36f ? 1.0f / scale : 0.0f;
 }
 
+struct __align__(16) TokenFacts {
+  uint64_t key;
+  float to_row, act_scale;
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_grad_kernel(const QuantizeGradArgs args, uint32_t tiles_wide, bool aligned) {
   constexpr int kStride = kTileTokens / kTokensEach + 1;
   __shared__ uint32_t words[kTileCols * kStride];
+  __shared__ TokenFacts facts[kTileTokens];
+  __shared__ __align__(16) float column_scale[kTileCols], to_unit[kTileCols];
   const T* grad = static_cast<const T*>(args.grad);
   const int64_t first_col = static_cast<int64_t>(blockIdx.x % tiles_wide) * kTileCols;
   const int64_t first_place = static_cast<int64_t>(blockIdx.x / tiles_wide) * kTileTokens;
   const int part = static_cast<int>(threadIdx.x) % 8, group = static_cast<int>(threadIdx.x) / 8;
   const int64_t col = first_col + part * kVec, width = padded_tokens(args.M);
   const bool rows = args.by_row != nullptr, columns = args.by_column != nullptr;
+  const auto token_at = [&](int in_tile) {
+    const int64_t place = first_place + in_tile;
+    return columns ? args.order[place] : place < args.M ? static_cast<int>(place) : -1;
+  };
 
-  int64_t token[kTokensEach];
+  int token[kTokensEach];
   float g[kTokensEach][kVec];
 #pragma unroll
-  for (int i = 0; i < kTokensEach; ++i) {
-    const int64_t place = first_place + group * kTokensEach + i;
-    token[i] = columns ? args.order[place] : place < args.M ? place : -1;
-  }
+  for (int i = 0; i < kTokensEach; ++i) token[i] = token_at(group * kTokensEach + i);
 #pragma unroll
   for (int i = 0; i < kTokensEach; ++i) {
     load_floats<kVec>(
         grad + token[i] * args.N + col, token[i] < 0 ? 0 : args.N - col, aligned && token[i] >= 0, g[i]);
   }
-  const ColumnScales scales(args, col);
-  float to_unit[kVec];
-  if (columns) {
-    const float bound = args.stage_bound[first_place / kStageTokens];
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const float largest = col + i < args.N ? args.column_max[col + i] : 0.0f;
-      to_unit[i] = inverse(column_bound(bound, largest) * kInverseLargestCode);
+  // What belongs to a token or a column is found once a block, while those loads are under way.
+  if (threadIdx.x < kTileTokens) {
+    const int m = token_at(static_cast<int>(threadIdx.x));
+    TokenFacts mine = {};
+    if (m >= 0) {
+      mine.key = row_key(static_cast<uint64_t>(*args.seed), static_cast<uint64_t>(m));
+      if (columns) mine.act_scale = args.act_scale[m];
+      if (rows) {
+        const float largest = __uint_as_float(args.row_max[m]);
+        const float row_scale = largest < __uint_as_float(0x7f800000u) ? largest * kInverseLargestCode
+                                                                       : __uint_as_float(0x7fffffffu);
+        mine.to_row = inverse(row_scale);
+        if (first_col == 0) args.row_scale[m] = row_scale;
+      }
+    }
+    facts[threadIdx.x] = mine;
+  } else if (threadIdx.x < kTileTokens + kTileCols) {
+    const int in_tile = static_cast<int>(threadIdx.x) - kTileTokens;
+    const int64_t n = first_col + in_tile;
+    column_scale[in_tile] = scale_of_column(args, n);
+    if (columns) {
+      const float largest = n < args.N ? args.column_max[n] : 0.0f;
+      to_unit[in_tile] =
+          inverse(column_bound(args.stage_bound[first_place / kStageTokens], largest) * kInverseLargestCode);
     }
   }
-  const uint64_t seed = static_cast<uint64_t>(*args.seed);
+  __syncthreads();
+
+  float scales[kVec], factors[kVec];
+#pragma unroll
+  for (int c = 0; c < kVec; ++c) {
+    scales[c] = column_scale[part * kVec + c];
+    factors[c] = columns ? to_unit[part * kVec + c] : 0.0f;
+  }
   uint32_t of_column[kVec] = {};
 #pragma unroll
   for (int i = 0; i < kTokensEach; ++i) {
     const int64_t m = token[i];
     if (m < 0) continue;
-    const uint64_t key = row_key(seed, static_cast<uint64_t>(m));
-    const float largest = rows ? __uint_as_float(args.row_max[m]) : 0.0f;
-    const float row_scale =
-        largest < __uint_as_float(0x7f800000u) ? largest * kInverseLargestCode : __uint_as_float(0x7fffffffu);
-    const float to_row = inverse(row_scale);
-    const float act_scale = columns ? args.act_scale[m] : 0.0f;
+    const TokenFacts mine = facts[group * kTokensEach + i];
     uint32_t of_row[kVec];
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
-      const uint32_t bits = random_bits(key, static_cast<uint32_t>(col) + c);
-      of_row[c] = round_at_random(g[i][c] * scales.value[c], to_row, bits);
-      const uint32_t byte = round_at_random(g[i][c] * act_scale, to_unit[c], bits << 16);
-      of_column[c] = i == 0 ? byte & 0xffu
-                            : __byte_perm(of_column[c],
-                                          byte,
-                                          i == 1   ? 0x3240
-                                          : i == 2 ? 0x3410
-                                                   : 0x4210);
+      const uint32_t bits = random_bits(mine.key, static_cast<uint32_t>(col) + c);
+      of_row[c] = round_at_random(g[i][c] * scales[c], mine.to_row, bits);
+      const uint32_t byte = round_at_random(g[i][c] * mine.act_scale, factors[c], bits << 16);
+      constexpr uint32_t kPut[] = {0x3214, 0x3240, 0x3410, 0x4210};  // into byte i
+      of_column[c] = __byte_perm(of_column[c], byte, kPut[i]);
     }
     if (!rows) continue;
-    if (col == 0) args.row_scale[m] = row_scale;
     const uint2 eight = make_uint2(low_bytes(of_row[0], of_row[1], of_row[2], of_row[3]),
                                    low_bytes(of_row[4], of_row[5], of_row[6], of_row[7]));
     int8_t* target = args.by_row + m * args.N + col;
