@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_ext.ops.int8_grad import int8_grads
+from bitnet_ext.ops.small_grad import exact_grads_small, prefers_small_grad
+
 _ops = torch.ops.bitnet_ext
 
 #: (grad_y [M, N], x_i8 [M, K], act_scale [M], packed, weight_scale [S], segments, need_input, need_weight,
@@ -47,8 +50,13 @@ def exact_grads(
     Returns:
         grad_x_q [M, K] in grad_y's dtype and grad_weight [N, K] in `weight_dtype`; None where it is not needed.
     """
-    N, K = grad_y.shape[1], x_i8.shape[1]
+    (M, N), K = grad_y.shape, x_i8.shape[1]
     grad_x = grad_weight = None
+    if grad_y.is_cuda and packed.dtype == torch.int32 and M > 0 and prefers_small_grad(M, N, K, grad_y.dtype):
+        grad_x, grad_weight = exact_grads_small(
+            grad_y, x_i8, act_scale, packed, weight_scale, segments, need_input, need_weight, weight_dtype
+        )
+        return grad_x if need_input else None, grad_weight if need_weight else None
     if need_input:
         scale = weight_scale
         if len(segments) > 1:
@@ -60,12 +68,15 @@ def exact_grads(
         grad_x = torch.mm(grad_y, weight_q)
     if need_weight:
         x_q = _ops.dequantize_act(x_i8, act_scale, grad_y.dtype)
-        grad_weight = torch.mm(grad_y.t(), x_q).to(weight_dtype)
+        if grad_y.is_cuda and grad_y.dtype != weight_dtype == torch.float32:
+            grad_weight = torch.mm(grad_y.t(), x_q, out_dtype=weight_dtype)  # the sums as they are
+        else:
+            grad_weight = torch.mm(grad_y.t(), x_q).to(weight_dtype)
     return grad_x, grad_weight
 
 
 #: By the argument `backward` of the operators.
-GRADS: dict[str, Grads] = {"exact": exact_grads}
+GRADS: dict[str, Grads] = {"exact": exact_grads, "int8": int8_grads}
 
 
 # --- bit_linear ----------------------------------------------------------------------------------------------
@@ -114,35 +125,147 @@ def _product_grads(
 
 
 def _bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weights, packed, weight_scale, bias, norm_weight, _eps, normalize, _out_dtype, backward = inputs
-    _y, x_i8, act_scale, rstd = output
-    # The norm's backward needs x itself; without a norm the int8 form is all that is kept.
-    ctx.save_for_backward(x if normalize else None, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
+    x, delta, weights, packed, weight_scale, bias, norm_weight, _eps, normalize, _out_dtype, backward = inputs
+    _y, x_i8, act_scale, rstd, total = output
+    # The norm's backward needs its input; without a norm the int8 form is all that is kept.
+    normed = (x if delta is None else total) if normalize else None
+    ctx.save_for_backward(normed, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
     _save_product(ctx, weights, bias, backward)
     ctx.normalize = normalize
     ctx.x_dtype = x.dtype
+    ctx.delta_dtype = None if delta is None else delta.dtype
 
 
-def _bit_linear_backward(ctx: Any, grad_y: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
+def _bit_linear_backward(
+    ctx: Any,
+    grad_y: Tensor | None,
+    _x_i8: None,
+    _act_scale: None,
+    _rstd: None,
+    grad_sum: Tensor | None,
+) -> tuple[Any, ...]:
+    no_weights: list[Tensor | None] = [None] * len(ctx.segments)
     if grad_y is None:
-        return (None, [None] * len(ctx.segments), *(None,) * 8)
+        grad_x, grad_delta = _around_norm(ctx, grad_sum)
+        return (grad_x, grad_delta, no_weights, *(None,) * 8)
     x, norm_weight, x_i8, act_scale, rstd, packed, weight_scale = ctx.saved_tensors
-    need_x, need_weights, need_bias, need_gain = (ctx.needs_input_grad[i] for i in (0, 1, 4, 5))
-    grad_x, grad_weights, grad_bias = _product_grads(
-        ctx, grad_y, x_i8, act_scale, packed, weight_scale, need_x or need_gain, need_weights, need_bias
+    need_x, need_delta, need_weights, need_bias, need_gain = (
+        ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)
     )
-    grad_gain = None
+    need_input = need_x or need_delta or need_gain
+    grad_x, grad_weights, grad_bias = _product_grads(
+        ctx, grad_y, x_i8, act_scale, packed, weight_scale, need_input, need_weights, need_bias
+    )
+    grad_delta = grad_gain = None
     if grad_x is not None:
         if ctx.normalize:
-            grad_x, grad_gain = _ops.rms_norm_backward(grad_x, x, norm_weight, rstd)
+            grad_x, grad_delta, grad_gain = _norm_grads(ctx, grad_x, x, norm_weight, rstd, grad_sum)
         else:
             grad_x = grad_x.to(ctx.x_dtype)
-    if norm_weight is None:
-        grad_gain = None
-    return grad_x, grad_weights, None, None, grad_bias, grad_gain, None, None, None, None
+    return grad_x, grad_delta, grad_weights, None, None, grad_bias, grad_gain, None, None, None, None
+
+
+# --- the norm ------------------------------------------------------------------------------------------------
+
+
+def _norm_grads(
+    ctx: Any, grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor, grad_sum: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, of what was added to it in front of the norm, and of the gain."""
+    delta_dtype = x.dtype if ctx.delta_dtype is None else ctx.delta_dtype
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
+    grad_x, grad_delta, grad_gain = _ops.rms_norm_backward(
+        grad_y.contiguous(), x, gain, rstd, grad_sum, delta_dtype
+    )
+    if ctx.delta_dtype is None:
+        grad_delta = None
+    elif delta_dtype == x.dtype:
+        grad_delta = grad_x
+    return grad_x, grad_delta, None if gain is None else grad_gain
+
+
+def _around_norm(ctx: Any, grad_sum: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and delta where only their sum was used."""
+    if grad_sum is None or ctx.delta_dtype is None:
+        return None, None
+    return grad_sum, grad_sum.to(ctx.delta_dtype)
+
+
+def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, delta, gain, _eps = inputs
+    _y, total, rstd = output
+    ctx.save_for_backward(x if delta is None else total, gain, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.delta_dtype = None if delta is None else delta.dtype
+
+
+def _rms_norm_backward(
+    ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None, _rstd: None
+) -> tuple[Any, ...]:
+    if grad_y is None:
+        return (*_around_norm(ctx, grad_sum), None, None)
+    x, gain, rstd = ctx.saved_tensors
+    return (*_norm_grads(ctx, grad_y, x, gain, rstd, grad_sum), None)
+
+
+# --- glu_bit_linear ------------------------------------------------------------------------------------------
+
+
+def _glu_bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    gate_up, weight, packed, weight_scale, bias, norm_weight, _eps, normalize, activation, _, backward = (
+        inputs
+    )
+    _y, x_i8, act_scale, rstd = output
+    ctx.save_for_backward(gate_up, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
+    _save_product(ctx, [weight], bias, backward)
+    ctx.normalize = normalize
+    ctx.activation = activation
+
+
+def _glu_bit_linear_backward(ctx: Any, grad_y: Tensor | None, *_unused: None) -> tuple[Any, ...]:
+    if grad_y is None:
+        return (None,) * 11
+    gate_up, norm_weight, x_i8, act_scale, rstd, packed, weight_scale = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_gain = (ctx.needs_input_grad[i] for i in (0, 1, 4, 5))
+    grad_x, (grad_weight,), grad_bias = _product_grads(
+        ctx, grad_y, x_i8, act_scale, packed, weight_scale, need_x or need_gain, [need_weight], need_bias
+    )
+    grad_gate_up = grad_gain = None
+    if grad_x is not None:
+        grad_gate_up, grad_gain = _ops.glu_backward(
+            grad_x, gate_up, ctx.activation, norm_weight, rstd, ctx.normalize
+        )
+        if norm_weight is None:
+            grad_gain = None
+    return grad_gate_up, grad_weight, None, None, grad_bias, grad_gain, None, None, None, None, None
+
+
+# --- short_attention -----------------------------------------------------------------------------------------
+
+
+def _short_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cos, sin, num_heads, num_kv_heads = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, cos, sin, out, lse)
+    ctx.heads = (num_heads, num_kv_heads)
+
+
+def _short_attention_backward(
+    ctx: Any, grad_out: Tensor | None, _lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 5
+    qkv, cos, sin, out, lse = ctx.saved_tensors
+    grad_qkv = _ops.short_attention_backward(grad_out.contiguous(), qkv, cos, sin, out, lse, *ctx.heads)
+    return grad_qkv, None, None, None, None
 
 
 #: Of each operator: what it saves, and its backward.
 FORMULAS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "bit_linear": (_bit_linear_setup, _bit_linear_backward),
+    "glu_bit_linear": (_glu_bit_linear_setup, _glu_bit_linear_backward),
+    "rms_norm": (_rms_norm_setup, _rms_norm_backward),
+    "short_attention": (_short_attention_setup, _short_attention_backward),
 }

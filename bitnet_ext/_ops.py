@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitnet_ext import _autograd
+from bitnet_ext.ops import loss
 
 
 def _packed_width(K: int) -> int:
@@ -143,8 +144,20 @@ def _prepacked_mm(
     return x_i8.new_empty((*x_i8.shape[:-1], N), dtype=out_dtype)
 
 
+def _product(x: Tensor, K: int, N: int, normalize: bool, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(y, x_i8, act_scale, rstd) of the ternary layers."""
+    leading = x.shape[:-1]
+    return (
+        x.new_empty((*leading, N), dtype=out_dtype),
+        x.new_empty((*leading, K), dtype=torch.int8),
+        x.new_empty(leading, dtype=torch.float32),
+        x.new_empty(leading if normalize else (0,), dtype=torch.float32),
+    )
+
+
 def _bit_linear(
     x: Tensor,
+    delta: Tensor | None,
     weights: list[Tensor],
     packed: Tensor,
     weight_scale: Tensor,
@@ -154,16 +167,72 @@ def _bit_linear(
     normalize: bool,
     out_dtype: torch.dtype,
     backward: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_i8, act_scale = _quantize_act_int8(x)
-    rstd = x.new_empty(x.shape[:-1] if normalize else (0,), dtype=torch.float32)
-    y = x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in weights)), dtype=out_dtype)
-    return y, x_i8, act_scale, rstd
+) -> tuple[Tensor, ...]:
+    N = sum(w.shape[0] for w in weights)
+    total = x.new_empty((0,) if delta is None else x.shape)
+    return (*_product(x, x.shape[-1], N, normalize, out_dtype), total)
 
 
-def _rms_norm_backward(grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _glu_bit_linear(
+    gate_up: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    normalize: bool,
+    activation: str,
+    out_dtype: torch.dtype,
+    backward: str,
+) -> tuple[Tensor, ...]:
+    N, K = weight.shape
+    return _product(gate_up, K, N, normalize, out_dtype)
+
+
+def _glu_backward(
+    grad_y: Tensor, gate_up: Tensor, activation: str, gain: Tensor | None, rstd: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    grad_gain = gate_up.new_empty((0,) if gain is None else gain.shape, dtype=torch.float32)
+    return gate_up.new_empty(gate_up.shape), grad_gain
+
+
+def _rms_norm(
+    x: Tensor, delta: Tensor | None, gain: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty((0,) if delta is None else x.shape)
+    return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _rms_norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    rstd: Tensor,
+    grad_residual: Tensor | None,
+    delta_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_gain = x.new_empty((0,) if gain is None else (x.shape[-1],), dtype=torch.float32)
-    return x.new_empty(x.shape), grad_gain
+    grad_delta = x.new_empty((0,) if delta_dtype == x.dtype else x.shape, dtype=delta_dtype)
+    return x.new_empty(x.shape), grad_delta, grad_gain
+
+
+def _bit_linear_grad(
+    grad_y: Tensor,
+    x_i8: Tensor,
+    act_scale: Tensor,
+    prepacked: Tensor,
+    weight_scale: Tensor,
+    segments: list[int],
+    need_input: bool,
+    need_weight: bool,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    N, K = grad_y.shape[1], x_i8.shape[1]
+    return (
+        grad_y.new_empty(x_i8.shape if need_input else (0,)),
+        grad_y.new_empty((N, K) if need_weight else (0,), dtype=weight_dtype),
+    )
 
 
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
@@ -213,19 +282,95 @@ def _softmax_stats(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _softmax_grad_(
+def _count_targets(target: Tensor) -> Tensor:
+    return target.new_empty((), dtype=torch.float32)
+
+
+def _cross_entropy_rows_(
     logits: Tensor,
+    V: int,
     target: Tensor,
-    lse: Tensor,
-    row_scale: Tensor,
-    row_coef: Tensor,
+    count: Tensor | None,
     log_marginal: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
     entropy_weight: float,
     diversity_weight: float,
-    target_weight: float,
-    uniform_weight: float,
-) -> None:
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T = logits.shape[0]
+    lse, cross_entropy, entropy, smoothing = (logits.new_empty((T,), dtype=torch.float32) for _ in range(4))
+    return lse, cross_entropy, entropy, smoothing, logits.new_empty((T,), dtype=torch.int64)
+
+
+def _cross_entropy_mean(
+    lse: Tensor,
+    cross_entropy: Tensor,
+    entropy: Tensor,
+    smoothing: Tensor,
+    target: Tensor,
+    marginal_entropy: Tensor | None,
+    square_sum: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    entropy_weight: float,
+    diversity_weight: float,
+    output_l2: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, mean_cross_entropy, mean_entropy, mean_square = (lse.new_empty(()) for _ in range(4))
+    return loss, mean_cross_entropy, mean_entropy, mean_square
+
+
+def _probability_sums(logits: Tensor, V: int, target: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    return lse.new_empty(((logits.shape[0] + 31) // 32, V))
+
+
+def _scale_(tensors: list[Tensor], scale: Tensor) -> None:
     return None
+
+
+def _skinny_mm(out: Tensor, left: Tensor, right: Tensor) -> None:
+    return None
+
+
+def _skinny_mm_tn_(out: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) -> None:
+    return None
+
+
+def _short_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    out = qkv.new_empty((B, T, width // (num_heads + 2 * num_kv_heads) * num_heads))
+    return out, qkv.new_empty((B, num_heads, T), dtype=torch.float32)
+
+
+def _short_attention_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _rotary_query_key(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    head_dim = width // (num_heads + 2 * num_kv_heads)
+    return qkv.new_empty((B, T, num_heads, head_dim)), qkv.new_empty((B, T, num_kv_heads, head_dim))
+
+
+def _rotary_query_key_backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    B, T, num_heads, head_dim = grad_query.shape
+    return grad_query.new_empty((B, T, (num_heads + 2 * grad_key.shape[2]) * head_dim))
 
 
 def _quantize_grad(
@@ -287,13 +432,29 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "prepacked_mm_int32": _prepacked_mm_int32,
     "prepacked_mm": _prepacked_mm,
     "bit_linear": _bit_linear,
+    "glu_bit_linear": _glu_bit_linear,
+    "glu_backward": _glu_backward,
+    "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
+    "bit_linear_grad": _bit_linear_grad,
     "sum_of_squares": _sum_of_squares,
     "clip_gradients_": _clip_gradients_,
     "sum_rows": _sum_rows,
     "adam_step_": _adam_step_,
     "softmax_stats": _softmax_stats,
-    "softmax_grad_": _softmax_grad_,
+    "count_targets": _count_targets,
+    "cross_entropy_rows_": _cross_entropy_rows_,
+    "cross_entropy_mean": _cross_entropy_mean,
+    "probability_sums": _probability_sums,
+    "scale_": _scale_,
+    "linear_cross_entropy": loss.fake,
+    "skinny_mm_nt_": _skinny_mm,
+    "skinny_mm_nn_": _skinny_mm,
+    "skinny_mm_tn_": _skinny_mm_tn_,
+    "short_attention": _short_attention,
+    "short_attention_backward": _short_attention_backward,
+    "rotary_query_key": _rotary_query_key,
+    "rotary_query_key_backward": _rotary_query_key_backward,
     "quantize_grad": _quantize_grad,
     "transpose_prepacked": _transpose_prepacked,
     "transpose_int8": _transpose_int8,
@@ -311,6 +472,8 @@ def register() -> None:
         return
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"bitnet_ext::{name}", fake)
-    for name, (setup, backward) in _autograd.FORMULAS.items():
+    torch.library.impl("bitnet_ext::linear_cross_entropy", ("cpu", "cuda"), loss.forward)
+    formulas = {**_autograd.FORMULAS, "linear_cross_entropy": (loss.setup, loss.backward)}
+    for name, (setup, backward) in formulas.items():
         torch.library.register_autograd(f"bitnet_ext::{name}", backward, setup_context=setup)
     _registered = True

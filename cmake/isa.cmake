@@ -4,6 +4,7 @@
 set(BITNET_EXT_CPU_SOURCES
   csrc/cpu/features.cpp csrc/cpu/dispatch.cpp csrc/cpu/kernels_scalar.cpp
   csrc/cpu/operators.cpp csrc/cpu/quantize.cpp csrc/cpu/packing.cpp csrc/cpu/matmul.cpp csrc/cpu/bit_linear.cpp
+  csrc/cpu/glu.cpp csrc/cpu/rms_norm.cpp
   csrc/cpu/fused_quantize.cpp csrc/cpu/optimizer.cpp csrc/cpu/softmax.cpp)
 set(_isa_flags_scalar -fno-lto)
 

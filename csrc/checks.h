@@ -193,6 +193,21 @@ inline std::vector<int64_t> check_stack(const char* op, const std::vector<Tensor
   return rows;
 }
 
+// What is added to x in front of a norm: of x's type, or narrower.
+inline void check_delta(const char* op, const Tensor& x, const std::optional<Tensor>& delta, bool normalize) {
+  if (!delta.has_value()) return;
+  if (!normalize) fail(op, "delta must be absent when normalize is false; got a tensor");
+  check_same_shape(op, "delta", *delta, "x", x);
+  if (delta->scalar_type() != x.scalar_type() &&
+      !(x.scalar_type() == ScalarType::Float && is_float_dtype(delta->scalar_type()))) {
+    fail(op,
+         "delta must be of the dtype of x, or x of float32; got ",
+         dtype_name(delta->scalar_type()),
+         " and ",
+         dtype_name(x.scalar_type()));
+  }
+}
+
 inline void check_backward(const char* op, const std::string& backward) {
   if (backward != "exact" && backward != "int8") {
     fail(op, "backward must be exact or int8; got '", backward, "'");

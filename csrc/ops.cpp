@@ -47,15 +47,31 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "prepacked_mm(Tensor x_i8, Tensor act_scale, Tensor prepacked, int N, Tensor weight_scale, "
       "Tensor? bias, int[] segments, ScalarType out_dtype, bool weight_is_constant) -> Tensor");
   // `weights` [N_i, K] are stacked along N; `packed` and `weight_scale` [S] are their codes as of
-  // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact", "int8")
-  // names the gradients, which are those of _autograd.py.
+  // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact",
+  // "int8") names the gradients, which are those of _autograd.py.
   m.def(
-      "bit_linear(Tensor x, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "bit_linear(Tensor x, Tensor? delta, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? "
+      "bias, "
       "Tensor? norm_weight, float norm_eps, bool normalize, ScalarType out_dtype, str backward) -> "
-      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
+      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor sum)");
+  // act(gate) * up of gate_up [.., 2 K], an RMS norm of it, int8 activations and the product.
   m.def(
-      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd) -> (Tensor grad_x, Tensor "
-      "grad_gain)");
+      "glu_bit_linear(Tensor gate_up, Tensor weight, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "Tensor? norm_weight, float norm_eps, bool normalize, str activation, ScalarType out_dtype, "
+      "str backward) -> (Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd)");
+  m.def(
+      "glu_backward(Tensor grad_y, Tensor gate_up, str activation, Tensor? gain, Tensor rstd, "
+      "bool normalize) -> (Tensor grad_gate_up, Tensor grad_gain)");
+  // --- the norm, of x or of x + delta, which is returned as sum ---
+  m.def("rms_norm(Tensor x, Tensor? delta, Tensor? gain, float eps) -> (Tensor y, Tensor sum, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd, Tensor? grad_residual, "
+      "ScalarType delta_dtype) -> (Tensor grad_x, Tensor grad_delta, Tensor grad_gain)");
+  // The exact gradients of bit_linear's product for few tokens, on CUDA; [0] tensors for what is not needed.
+  m.def(
+      "bit_linear_grad(Tensor grad_y, Tensor x_i8, Tensor act_scale, Tensor prepacked, Tensor weight_scale, "
+      "int[] segments, bool need_input, bool need_weight, ScalarType weight_dtype) -> "
+      "(Tensor grad_x_q, Tensor grad_weight)");
   // --- the int8 backward, CUDA only (csrc/cuda/int8_gradient.h) ---
   m.def(
       "quantize_grad(Tensor grad_y, Tensor act_scale, Tensor weight_scale, int[] segments, Tensor seed, "
@@ -87,10 +103,53 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "
       "(Tensor lse, Tensor target_logit, Tensor mean_logit, Tensor expected_logit, Tensor argmax)");
+  // Logits are [T, S] with the vocabulary in the first V columns; what lies behind is padding.
+  m.def("count_targets(Tensor target) -> Tensor");
   m.def(
-      "softmax_grad_(Tensor(a!) logits, Tensor target, Tensor lse, Tensor row_scale, Tensor row_coef, "
-      "Tensor? log_marginal, float entropy_weight, float diversity_weight, float target_weight, "
-      "float uniform_weight) -> ()");
+      "cross_entropy_rows_(Tensor(a!) logits, int V, Tensor target, Tensor? count, Tensor? log_marginal, "
+      "float label_smoothing, float z_loss, float entropy_weight, float diversity_weight, float softcap) -> "
+      "(Tensor lse, Tensor cross_entropy, Tensor entropy, Tensor smoothing, Tensor argmax)");
+  m.def(
+      "cross_entropy_mean(Tensor lse, Tensor cross_entropy, Tensor entropy, Tensor smoothing, Tensor target, "
+      "Tensor? marginal_entropy, Tensor? square_sum, float label_smoothing, float z_loss, "
+      "float entropy_weight, float diversity_weight, float output_l2) -> "
+      "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square)");
+  m.def("probability_sums(Tensor logits, int V, Tensor target, Tensor lse, float softcap) -> Tensor");
+  m.def("scale_(Tensor(a!)[] tensors, Tensor scale) -> ()");
+  // Implemented in bitnet_ext/ops/loss.py from the operators above and matrix products.
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, float label_smoothing, "
+      "float z_loss, float entropy_weight, float diversity_weight, float softcap, float output_l2, "
+      "int chunk_bytes, bool needs_grad_hidden, bool needs_grad_weight) -> "
+      "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square, "
+      "Tensor marginal_entropy, Tensor cross_entropy, Tensor entropy, Tensor argmax, Tensor mean_p, "
+      "Tensor grad_hidden, Tensor grad_weight)");
+  // fp32 products of few tokens with a tall matrix, on CUDA: hidden [T, H], weight [V, H], grad [T, V].
+  // nt: out [T, S] = hidden weight^T, with zeros in the columns beyond V; nn: out [T, H] = grad weight; tn:
+  // out [V, H] = grad^T hidden, or out plus that.
+  m.def("skinny_mm_nt_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()");
+  m.def("skinny_mm_nn_(Tensor(a!) out, Tensor grad, Tensor weight) -> ()");
+  m.def("skinny_mm_tn_(Tensor(a!) out, Tensor grad, Tensor hidden, bool accumulate) -> ()");
+  // Asks the system for large pages behind a tensor that is about to be written first. Without effect where
+  // there are none.
+  m.def("_prefer_huge_pages(Tensor tensor) -> ()");
+  // --- attention, on CUDA only: the caller composes it of PyTorch's operators elsewhere ---
+  // qkv [B, T, (num_heads + 2 num_kv_heads) D] stacks queries, keys and values; cos, sin float32 [T, D] of
+  // rotary_table. Short: T <= 128 and T D <= 8192, D = 32, 64 or 128. lse float32 [B, num_heads, T].
+  m.def(
+      "short_attention(Tensor qkv, Tensor cos, Tensor sin, int num_heads, int num_kv_heads) -> "
+      "(Tensor out, Tensor lse)");
+  m.def(
+      "short_attention_backward(Tensor grad_out, Tensor qkv, Tensor cos, Tensor sin, Tensor out, Tensor lse, "
+      "int num_heads, int num_kv_heads) -> Tensor");
+  // (query [B, T, num_heads, D], key [B, T, num_kv_heads, D]), rotated; its backward takes such gradients of
+  // query, key and value, D contiguous, and returns that of qkv.
+  m.def(
+      "rotary_query_key(Tensor qkv, Tensor cos, Tensor sin, int num_heads, int num_kv_heads) -> "
+      "(Tensor query, Tensor key)");
+  m.def(
+      "rotary_query_key_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, "
+      "Tensor sin) -> Tensor");
   // --- settings of the process, for tests and bug reports ---
   m.def("_cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");

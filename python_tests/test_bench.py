@@ -87,11 +87,57 @@ def test_train_step(device: str, tmp_path: Path) -> None:
         assert (row["peak_bytes"] is not None) == (device == "cuda")
     assert rows["eager twin"]["ratio_to_eager"] == 1.0
     assert 0 <= result["max_relative_loss_difference"] <= 0.02
-    assert len(result["floor_seconds"]) == 6
-    assert len(result["breakdown"]) == (6 if device == "cpu" else 0)
+    assert len(result["floor_seconds"]) == 5
+    assert len(result["breakdown"]) == (5 if device == "cpu" else 0)
     for phase in result["breakdown"]:
         assert phase["phase"] in printed
         assert phase["seconds"] > 0 and phase["eager_seconds"] > 0 and phase["floor_seconds"] >= 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_optimizer(device: str, tmp_path: Path) -> None:
+    printed, result = run_script("optimizer.py", tmp_path, "--device", device, "--threads", "1")
+    check_common(result, "optimizer", device)
+    (row,) = result["rows"]
+    assert row["model"] == "collapse-64" and row["parameters"] > row["ternary"] > 0
+    assert len(row["variants"]) == 7
+    for name, variant in row["variants"].items():
+        assert name in printed
+        check_seconds(variant["seconds"])
+        assert (variant["bytes"] is None) == (name in ("fused", "foreach", "muon"))
+    assert row["variants"]["ours"]["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_train_model(device: str, tmp_path: Path) -> None:
+    printed, result = run_script("train_model.py", tmp_path, "--device", device)
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert set(rows) == {"bitnet_ext, backward exact", "bitnet_ext, backward int8", "nn.Linear, eager"}
+    assert rows["nn.Linear, eager"]["ratio_to_linear"] == 1.0
+    for name, row in rows.items():
+        assert name in printed and row["tokens_per_second"] == pytest.approx(32 / row["median"])
+    # Equal weights and rows: the first losses differ by what the backward does not touch, so not at all.
+    assert rows["bitnet_ext, backward exact"]["first_loss"] == rows["bitnet_ext, backward int8"]["first_loss"]
+    config = preset("collapse-64")
+    block = config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
+    weights = config.num_layers * block + 512 * config.hidden_size
+    assert result["flops_per_token"] == 6 * weights + 12 * config.num_layers * 16 * config.hidden_size
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_train_model_curve(device: str, tmp_path: Path) -> None:
+    text = tmp_path.parent / "text.txt"
+    text.write_text(
+        "\n\n".join(f"The {i} quick brown foxes jump over {i + 1} lazy dogs." for i in range(400))
+    )
+    printed, result = run_script(
+        "train_model.py", tmp_path, "--device", device, "--curve", "3", "--data", str(text)
+    )
+    exact, int8 = result["losses"]["exact"], result["losses"]["int8"]
+    assert len(exact) == len(int8) == 3 and exact[0] == int8[0] and exact[1:] != int8[1:]
+    difference = abs(sum(int8) - sum(exact)) / sum(exact)
+    assert result["largest_relative_difference"] == pytest.approx(difference)
+    assert "relative difference" in printed
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -206,6 +252,31 @@ def run_quick(name: str, tmp_path: Path, *arguments: str, device: str = "cpu") -
     assert result["bench"] == name and result["environment"]["device"] == device
     assert result["settings"]["quick"] is True and result["ceiling"]["read_gb_per_s"] > 0
     return result
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cross_entropy(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_quick("cross_entropy", tmp_path, "--peers", "eager", "liger", device=device)
+    (case,) = result["cases"]
+    assert (case["tokens"], case["hidden"], case["vocabulary"]) == (33, 24, 1001)
+    assert [row["variant"] for row in case["rows"]][:2] == ["ours", "eager"]
+    assert case["skipped"].keys() | {row["variant"] for row in case["rows"]} == {"ours", "eager", "liger"}
+    for row in case["rows"][:2]:
+        assert row["seconds"]["median"] > 0 and 0 < row["share_of_floor"] < 1
+        assert row["errors"]["hidden_relative"] < 1e-2 and row["errors"]["weight_max"] < 1e-2
+        assert (row["peak_bytes"] is None) == (device == "cpu")
+    assert case["rows"][0]["ratio_to_ours"] == 1
+    assert "33 x 24 x 1001" in capsys.readouterr().out
+
+
+def test_cross_entropy_refuses_a_wrong_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("cross_entropy")
+    wrong = module.VARIANTS["ours"]
+    monkeypatch.setitem(module.VARIANTS, "ours", (lambda: lambda *a: 1.01 * module.ours(*a), *wrong[1:]))
+    args = module.parse(["--quick", "--json", str(tmp_path / "result.json")])
+    with pytest.raises(WrongResultError, match="the gradient of hidden"):
+        module.run(args, torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
 
 
 def check_peers(peers: dict[str, Any], expected: set[str]) -> None:

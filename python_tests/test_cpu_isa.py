@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import bitnet_ext
+from bitnet_ext.ops import abs_sums_like
 
 ops = torch.ops.bitnet_ext
 
@@ -101,9 +102,35 @@ def case_bit_linear(M: int, N: int, K: int, dtype: torch.dtype, generator: torch
     x = normal(generator, M, K).to(dtype)
     weight = normal(generator, N, K, scale=0.02)
     gain, bias = normal(generator, K), normal(generator, N)
+    weights = [weight, normal(generator, 3, K, scale=0.05)]
+    packed, weight_scale = ops.quantize_weights(weights)
+    stacked_bias = torch.cat([bias, bias[:3] if N >= 3 else torch.ones(3)])
+    one = ops.quantize_weights([weight])
     return [
-        *ops.bit_linear(x, weight, bias, gain, 1e-5, True, dtype),
-        *ops.bit_linear(x, weight, None, None, 1e-5, False, dtype),
+        packed,
+        weight_scale,
+        *ops.bit_linear(
+            x, None, weights, packed, weight_scale, stacked_bias, gain, 1e-5, True, dtype, "exact"
+        ),
+        *ops.bit_linear(x, x, [weight], *one, None, gain, 1e-5, True, dtype, "exact"),
+        *ops.bit_linear(x, None, [weight], *one, None, None, 1e-5, False, dtype, "exact"),
+    ]
+
+
+def case_glu(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.Generator) -> Outputs:
+    gate_up, grad_y = normal(generator, M, 2 * K).to(dtype), normal(generator, M, K)
+    gain, weight = normal(generator, K), normal(generator, N, K)
+    codes = ops.quantize_weights([weight])
+    y, x_i8, act_scale, rstd = ops.glu_bit_linear(
+        gate_up, weight, *codes, None, gain, 1e-5, True, "relu2", dtype, "exact"
+    )
+    return [
+        y,
+        x_i8,
+        act_scale,
+        rstd,
+        *ops.glu_backward(grad_y, gate_up, "silu", gain, rstd, True),
+        *ops.glu_backward(grad_y.to(dtype), gate_up, "relu2", None, rstd[:0], False),
     ]
 
 
@@ -111,8 +138,10 @@ def case_norm_backward(M: int, N: int, K: int, dtype: torch.dtype, generator: to
     x, grad_y = normal(generator, M, K).to(dtype), normal(generator, M, K)
     gain, rstd = normal(generator, K), normal(generator, M).abs()
     return [
-        *ops.rms_norm_backward(grad_y, x, gain, rstd),
-        *ops.rms_norm_backward(grad_y.to(dtype), x, None, rstd),
+        *ops.rms_norm(x, None, gain, 1e-5),
+        *ops.rms_norm(x, x, None, 1e-5),
+        *ops.rms_norm_backward(grad_y, x, gain, rstd, None, dtype),
+        *ops.rms_norm_backward(grad_y.to(dtype), x, None, rstd, x, torch.bfloat16),
     ]
 
 
@@ -123,8 +152,16 @@ def case_optimizer(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.
         exp_avg_sq = [normal(generator, N, K).square(), normal(generator, K).square()]
         hyper = torch.tensor([1e-2, 0.1, 0.271, 0.002997])
         scale = torch.tensor(0.7)
-        ops.adam_step_(params, grads, exp_avg, exp_avg_sq, hyper, scale, 0.9, 0.999, 1e-8, decoupled, decay)
-        outputs += params + exp_avg + exp_avg_sq
+        sums = abs_sums_like(params[:1])
+        state = (params, grads, exp_avg, exp_avg_sq, hyper, scale, [int(decay), 0])
+        constants = (0.9, 0.999, 1e-8, decoupled)
+        ops.adam_step_(*state, [1, 0], sums, None, -1, *constants)
+        outputs += [*(t.clone() for t in (*params, *exp_avg, *exp_avg_sq)), sums]
+        grads[0], slots = ops.sum_rows(
+            torch.randint(0, N, (M,), generator=generator), normal(generator, M, K), N
+        )
+        ops.adam_step_(*state, [0, 0], None, slots, 0, *constants)
+        outputs += [grads[0], slots, *params, *exp_avg, *exp_avg_sq]
     return outputs
 
 
@@ -135,12 +172,21 @@ def case_softmax(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.Ge
     target = torch.randint(-1, K, (M,), generator=generator)
     stats = ops.softmax_stats(logits, target)
     outputs = list(stats)
-    row_scale, row_coef = normal(generator, M), normal(generator, M)
+    rows = logits.float()
     log_marginal = normal(generator, K) - 5.0
-    for marginal in (None, log_marginal):
-        grad = logits.clone()
-        ops.softmax_grad_(grad, target, stats[0].float(), row_scale, row_coef, marginal, 0.3, 0.2, 1.0, 0.01)
-        outputs.append(grad)
+    count = ops.count_targets(target)
+    for V in {K, max(1, K - 5)}:
+        inside = torch.where(target < V, target, -1)
+        for marginal, entropy_weight, softcap in (
+            (None, 0.0, 0.0),
+            (log_marginal[:V], 0.3, 0.0),
+            (None, 0.3, 7.0),
+        ):
+            grad, terms = rows.clone(), (0.1, 1e-3, entropy_weight, 0.2)
+            outputs += ops.cross_entropy_rows_(grad, V, inside, count, marginal, *terms, softcap)
+            outputs.append(grad)
+            before = ops.cross_entropy_rows_(rows, V, inside, None, None, *terms, softcap)
+            outputs += [*before, ops.probability_sums(rows, V, inside, before[0], softcap)]
     return outputs
 
 
@@ -150,6 +196,7 @@ CASES: list[Callable[[int, int, int, torch.dtype, torch.Generator], Outputs]] = 
     case_products,
     case_bit_linear,
     case_norm_backward,
+    case_glu,
     case_optimizer,
     case_softmax,
 ]
@@ -233,20 +280,18 @@ def test_product_of_many_tokens_and_features(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", SUPPORTED)
 def test_exponential_is_accurate(isa: str) -> None:
-    """With lse = 0 and the other terms off, softmax_grad_ writes exp(z): within 2 units in the last place."""
+    """With lse = 0, probability_sums of one row is exp(z): within 2 units in the last place."""
     ops._set_cpu_isa(isa)
     generator = torch.Generator().manual_seed(0)
     z = torch.cat([torch.rand(200_000, generator=generator) * -87.0, -torch.logspace(-10, 1.9, 50_000)])
     z = z.reshape(1, -1)
-    one, zero, ignored = torch.ones(1), torch.zeros(1), torch.full((1,), -1)
-    actual = z.clone()
-    ops.softmax_grad_(actual, ignored, zero, one, one, None, 0.0, 0.0, 0.0, 0.0)
+    zero, target = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    actual = ops.probability_sums(z, z.shape[1], target, zero, 0.0)
     expected = z.double().exp()
     unit = torch.nextafter(expected.float(), torch.tensor(torch.inf)) - expected.float()
     assert ((actual.double() - expected).abs() / unit.double()).max() <= 2.0
     below = torch.tensor([[-87.5, -104.0, -1e4, -1e30, -torch.inf, 0.0]])
-    ops.softmax_grad_(below, ignored, zero, one, one, None, 0.0, 0.0, 0.0, 0.0)
-    assert below.tolist() == [[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
+    assert ops.probability_sums(below, 6, target, zero, 0.0).tolist() == [[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize("isa", SUPPORTED)
@@ -277,7 +322,9 @@ def test_nan_and_inf_are_refused(dtype: torch.dtype, bad: float, isa: str) -> No
             lambda x=x: ops.rms_norm_quantize(x, torch.ones(67), 1e-5),
             lambda x=x: ops.quantize_weight_ternary(x),
             lambda x=x: ops.quantize_pack_weight(x),
-            lambda x=x, w=weight: ops.bit_linear(x, w, None, None, 1e-5, False, torch.float32),
+            lambda x=x, w=weight: ops.bit_linear(
+                x, None, [w], *ops.quantize_weights([w]), None, None, 1e-5, False, torch.float32, "exact"
+            ),
         ):
             with pytest.raises(RuntimeError, match=r"^bitnet_ext\.\w+: (x|weight) holds NaN or Inf"):
                 call()

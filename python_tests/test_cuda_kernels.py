@@ -98,17 +98,25 @@ def test_pack_clamps_and_unpack_reads_the_invalid_value_as_one() -> None:
 # --- bit_linear ---------------------------------------------------------------------------------------------
 
 
+def bit_linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, gain: Tensor | None, normalize: bool, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """(y, x_i8, act_scale, rstd, packed, weight_scale)"""
+    codes = raw.quantize_weights([w])
+    return (*raw.bit_linear(x, None, [w], *codes, bias, gain, 1e-5, normalize, dtype, "exact")[:4], *codes)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_bit_linear_of_bad_values(bad: float) -> None:
     x, w = normal(12, 80), normal(24, 80, seed=1)
     poisoned = x.clone()
     poisoned[5, 79] = bad
     for normalize in (False, True):
-        y = raw.bit_linear(poisoned, w, None, None, 1e-5, normalize, torch.float32)[0]
+        y = bit_linear(poisoned, w, None, None, normalize, torch.float32)[0]
         assert y.isnan().any(1).tolist() == [row == 5 for row in range(12)]
         assert y[5].isnan().all()
     w[23, 0] = bad
-    assert raw.bit_linear(x, w, None, None, 1e-5, True, torch.float32)[0].isnan().all()
+    assert bit_linear(x, w, None, None, True, torch.float32)[0].isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (2, 5), (4, 31), (3, 1, 171)])
@@ -118,8 +126,8 @@ def test_bit_linear_is_its_parts(shape: tuple[int, ...], dtype: torch.dtype) -> 
     x, w = normal(*shape, K, dtype=dtype), (normal(N, K, seed=1) * 0.02).to(dtype)
     gain, bias = normal(K, seed=2), normal(N, seed=3)
     for normalize, gains in ((False, None), (True, None), (True, gain)):
-        y, x_i8, act_scale, rstd, packed, weight_scale = raw.bit_linear(
-            x, w, bias, gains, 1e-5, normalize, torch.float32
+        y, x_i8, act_scale, rstd, packed, weight_scale = bit_linear(
+            x, w, bias, gains, normalize, torch.float32
         )
         if normalize:
             assert_same((x_i8, act_scale, rstd), exact_ref(ops.rms_norm_quantize_ref, x, gains, 1e-5))
@@ -128,7 +136,7 @@ def test_bit_linear_is_its_parts(shape: tuple[int, ...], dtype: torch.dtype) -> 
             assert rstd.shape == (0,)
         codes, scale = exact_ref(ops.quantize_weight_ternary_ref, w)
         canonical = ops.pack_ternary_ref(codes)
-        assert_same((packed, weight_scale), (ops.prepack_ternary_ref(canonical, K), scale))
+        assert_same((packed, weight_scale), (ops.prepack_ternary_ref(canonical, K), scale.reshape(1)))
         assert torch.equal(y, ops.int8xint2_mm_ref(x_i8, act_scale, canonical, weight_scale, bias=bias))
 
 
@@ -152,8 +160,10 @@ def test_norm_backward(M: int, K: int, dtype: torch.dtype, grad_dtype: torch.dty
     for gains, shift in ((gain, 0), (gain, 1), (None, 0)):
         values, grads = shifted(x, shift), shifted(grad, shift)
         poison(x, gain)
-        grad_x, grad_gain = raw.rms_norm_backward(grads, values, gains, rstd)
-        assert_same((grad_x, grad_gain), raw.rms_norm_backward(grads, values, gains, rstd))
+        call = grads, values, gains, rstd, None, dtype
+        grad_x, grad_delta, grad_gain = raw.rms_norm_backward(*call)
+        assert grad_delta.shape == (0,)
+        assert_same((grad_x, grad_delta, grad_gain), raw.rms_norm_backward(*call))
         wide = [None if t is None else t.double() for t in (grad, x, gains, rstd)]
         exact_x, exact_gain = norm_backward(*wide)  # type: ignore[arg-type]
         eager_x, eager_gain = norm_backward(grad.float(), x.float(), gains, rstd)
@@ -205,8 +215,18 @@ def test_adam_many_tensors(count: int, decoupled: bool, decay: bool) -> None:
     grad_scale = torch.tensor(scale, device="cuda")
     for step in range(1, 4):
         hyper = torch.tensor([lr, weight_decay, 1 - beta1**step, 1 - beta2**step], device="cuda")
-        raw.adam_step_(
-            params, grads, exp_avg, exp_avg_sq, hyper, grad_scale, beta1, beta2, eps, decoupled, decay
+        ops.adam_step_(
+            params,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            hyper,
+            grad_scale,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            decoupled=decoupled,
+            decay=decay,
         )
         exact = [
             ops.adam_step_ref(p, g.double(), m, v, step=step, **options)
@@ -279,37 +299,96 @@ def test_softmax_stats_of_ties_and_infinities() -> None:
     assert nothing[4].item() == 0
 
 
-def fp_softmax_grad(z: Tensor, target: Tensor, lse: Tensor, rows: tuple[Tensor, ...], log_marginal: Tensor | None,
-                    weights: tuple[float, float, float, float]) -> Tensor:  # fmt: skip
-    scale, coef = (t.to(z.dtype).unsqueeze(1) for t in rows)
-    entropy, diversity, on_target, uniform = weights
-    shift = z - lse.to(z.dtype).unsqueeze(1)
-    inner = coef + entropy * shift
-    if log_marginal is not None:
-        inner = inner + diversity * log_marginal.to(z.dtype)
-    hot = torch.zeros_like(z).scatter_(1, target.clamp(min=0).unsqueeze(1), 1.0)
-    hot = hot * (target >= 0).unsqueeze(1)
-    return scale * (shift.exp() * inner - on_target * hot - uniform)
+TERMS = {  # label_smoothing, z_loss, entropy_weight, diversity_weight, softcap
+    "plain": (0.0, 0.0, 0.0, 0.0, 0.0),
+    "smoothed": (0.1, 1e-2, 0.0, 0.0, 0.0),
+    "entropy": (0.0, 0.0, 0.3, 0.0, 0.0),
+    "capped": (0.1, 0.0, 0.0, 0.0, 6.0),
+    "all": (0.1, 1e-2, 0.3, 0.2, 6.0),
+}
+
+
+def padded_logits(T: int, V: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of a multiple of 64 elements; what stands behind the vocabulary must not matter."""
+    z, target = logits_of(T, V, dtype, seed)
+    rows = torch.full((T, -(-V // 64) * 64), float("nan"), dtype=dtype, device="cuda")
+    rows[:, :V] = z
+    return rows, target
+
+
+def eager_rows(raw_z: Tensor, target: Tensor, log_marginal: Tensor | None, terms: tuple[float, ...],
+               dtype: torch.dtype) -> tuple[Tensor, ...]:  # fmt: skip
+    """lse, cross-entropy, entropy, lse - mean logit and gradient of rows, by autograd in `dtype`."""
+    smoothing, z_loss, entropy_weight, diversity_weight, softcap = terms
+    raw_z = raw_z.to(dtype).requires_grad_()
+    z = softcap * torch.tanh(raw_z / softcap) if softcap else raw_z
+    lse, log_p = z.logsumexp(-1), z.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    cross_entropy = -log_p.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+    cross_entropy = torch.where(target >= 0, cross_entropy, 0.0)
+    smooth = lse - z.mean(-1)
+    loss = (1 - smoothing) * cross_entropy + smoothing * smooth + z_loss * lse.square()
+    loss = loss - entropy_weight * entropy
+    if log_marginal is not None:  # its gradient: p_j (l_j - sum p l)
+        loss = loss + diversity_weight * (log_p.exp() * log_marginal.to(dtype)).sum(-1)
+    (torch.where(target >= 0, loss, 0.0).sum() / (target >= 0).sum()).backward()
+    return tuple(t.detach() for t in (lse, cross_entropy, entropy, smooth, raw_z.grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [1, 7, 33, 4099, 50257, 128256])
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_cross_entropy_rows(V: int, dtype: torch.dtype, terms: tuple[float, ...]) -> None:
+    for T in (11, 300) if V in (33, 50257) and terms == TERMS["plain"] else (11,):
+        rows, target = padded_logits(T, V, dtype, seed=3)
+        log_marginal = -torch.rand(V, device="cuda") * 9 if terms == TERMS["all"] else None
+        z = rows[:, :V].clone()
+        count = raw.count_targets(target)
+        assert count.item() == (target >= 0).sum().item()
+        exact = eager_rows(z, target, log_marginal, terms, torch.float64)
+        eager = eager_rows(z, target, log_marginal, terms, torch.float32)
+        before = raw.cross_entropy_rows_(rows, V, target, None, log_marginal, *terms)
+        assert torch.equal(rows[:, :V], z)
+        again = rows.clone()
+        got = raw.cross_entropy_rows_(rows, V, target, count, log_marginal, *terms)
+        assert_same(tuple(before), tuple(got))
+        assert_same(tuple(raw.cross_entropy_rows_(again, V, target, count, log_marginal, *terms)), tuple(got))
+        assert_same((again,), (rows,))
+        for a, b, c in zip(got[:4], eager[:4], exact[:4], strict=True):
+            # One rounding of the logits, of up to 20, where the result itself is small or zero (V = 1).
+            assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + 2e-6
+        assert torch.equal(got[4], z.float().argmax(-1))
+        assert rows[:, V:].abs().sum() == 0 and rows[target < 0].abs().sum() == 0
+        grad_error, eager_error = (
+            (t.double() - exact[4]).abs().max() for t in (rows[:, :V], eager[4].to(dtype))
+        )
+        assert grad_error <= 2 * eager_error + 2e-7  # p = 1, less 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [1, 33, 50257])
+def test_probability_sums(V: int, dtype: torch.dtype) -> None:
+    for T, softcap in ((70, 0.0), (5, 6.0)):
+        rows, target = padded_logits(T, V, dtype, seed=4)
+        lse = raw.cross_entropy_rows_(rows, V, target, None, None, 0.0, 0.0, 0.0, 0.0, softcap)[0]
+        got = raw.probability_sums(rows, V, target, lse, softcap)
+        assert got.shape == (-(-T // 32), V)
+        z = rows[:, :V].double()
+        z = softcap * torch.tanh(z / softcap) if softcap else z
+        exact = (z.softmax(-1) * (target >= 0).unsqueeze(1)).sum(0)
+        torch.testing.assert_close(got.double().sum(0), exact, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("V", [1, 7, 33, 4099, 50257])
-@pytest.mark.parametrize("with_marginal", [False, True])
-def test_softmax_grad(V: int, dtype: torch.dtype, with_marginal: bool) -> None:
-    z, target = logits_of(11, V, dtype, seed=3)
-    lse = z.double().logsumexp(-1).float()
-    rows = (torch.rand(11, device="cuda") + 0.5, torch.rand(11, device="cuda") + 0.5)
-    log_marginal = -torch.rand(V, device="cuda") * 9 if with_marginal else None
-    weights = (0.3, 0.2, 0.9, 0.1 / V)
-    exact = fp_softmax_grad(z.double(), target, lse, rows, log_marginal, weights)
-    eager = fp_softmax_grad(z.float(), target, lse, rows, log_marginal, weights).to(dtype)
-    for shift in (0, 1, 3):
-        got, again = shifted(z, shift), shifted(z, shift)
-        marginal = None if log_marginal is None else shifted(log_marginal, shift)
-        raw.softmax_grad_(got, target, lse, *rows, marginal, *weights)
-        raw.softmax_grad_(again, target, lse, *rows, marginal, *weights)
-        assert_same((got,), (again,))
-        assert_within_twice(got, eager, exact)
+def test_scale(dtype: torch.dtype) -> None:
+    tensors = [normal(1000, 37).to(dtype), normal(3).to(dtype)]
+    before = [t.clone() for t in tensors]
+    raw.scale_(tensors, torch.ones((), device="cuda"))
+    assert_same(tuple(tensors), tuple(before))
+    raw.scale_(tensors, torch.tensor(0.3, device="cuda"))
+    assert_same(
+        tuple(tensors), tuple((t.float() * torch.tensor(0.3, device="cuda")).to(dtype) for t in before)
+    )
 
 
 # --- CUDA itself: graphs, streams, devices, large tensors, errors -------------------------------------------
@@ -331,12 +410,12 @@ def captured(function: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, obje
 @pytest.mark.parametrize("M", [1, 8, 31, 600])
 def test_bit_linear_in_a_graph(M: int) -> None:
     x, w, gain = normal(M, 512), normal(300, 512, seed=1) * 0.02, normal(512, seed=2)
-    graph, outputs = captured(lambda: raw.bit_linear(x, w, None, gain, 1e-5, True, torch.bfloat16))
+    graph, outputs = captured(lambda: bit_linear(x, w, None, gain, True, torch.bfloat16))
     for seed in (5, 6):
         x.copy_(normal(M, 512, seed=seed))
         w.copy_(normal(300, 512, seed=seed + 10) * 0.05)
         graph.replay()
-        assert_same(tuple(outputs), tuple(raw.bit_linear(x, w, None, gain, 1e-5, True, torch.bfloat16)))  # type: ignore[call-overload]
+        assert_same(tuple(outputs), tuple(bit_linear(x, w, None, gain, True, torch.bfloat16)))
 
 
 def test_optimiser_in_a_graph() -> None:
@@ -351,7 +430,19 @@ def test_optimiser_in_a_graph() -> None:
     def step() -> Tensor:
         total = raw.sum_of_squares(grads)
         grad_scale.copy_((1.0 / total.sqrt()).clamp(max=1.0))
-        raw.adam_step_(params, grads, exp_avg, exp_avg_sq, hyper, grad_scale, beta1, beta2, eps, True, True)
+        ops.adam_step_(
+            params,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            hyper,
+            grad_scale,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            decoupled=True,
+            decay=True,
+        )
         return total
 
     start = [p.clone() for p in params]
@@ -380,9 +471,11 @@ def test_loss_and_norm_in_a_graph() -> None:
 
     def step() -> tuple[Tensor, ...]:
         stats = raw.softmax_stats(z, target)
-        out = z.clone()
-        raw.softmax_grad_(out, target, stats[0].float(), stats[3], stats[2], None, 0.1, 0.0, 1.0, 0.0)
-        return (*stats, out, *raw.rms_norm_backward(grad, x, gain, rstd))
+        out = torch.nn.functional.pad(z, (0, 47))
+        rows = raw.cross_entropy_rows_(
+            out, z.shape[1], target, raw.count_targets(target), None, 0.1, 1e-3, 0.1, 0.0, 0.0
+        )
+        return (*stats, *rows, out, *raw.rms_norm_backward(grad, x, gain, rstd, x, torch.bfloat16))
 
     graph, outputs = captured(step)
     z.copy_(logits_of(9, 50257, torch.float32, seed=7)[0])
@@ -412,8 +505,8 @@ def test_current_stream_is_used() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_device_of_the_tensors_is_used() -> None:
     x, w = normal(20, 128), normal(64, 128, seed=1)
-    expected = raw.bit_linear(x, w, None, None, 1e-5, True, torch.float32)
-    got = raw.bit_linear(x.to("cuda:1"), w.to("cuda:1"), None, None, 1e-5, True, torch.float32)
+    expected = bit_linear(x, w, None, None, True, torch.float32)
+    got = bit_linear(x.to("cuda:1"), w.to("cuda:1"), None, None, True, torch.float32)
     assert torch.cuda.current_device() == 0
     assert all(t.device == torch.device("cuda:1") for t in got)
     assert_same(tuple(t.to("cuda:0") for t in got), tuple(expected))
@@ -458,11 +551,16 @@ def test_offsets_beyond_int32() -> None:
 
 def test_errors_name_operator_and_argument() -> None:
     x, w = normal(3, 20), normal(8, 20, seed=1)
+    codes = raw.quantize_weights([w])
+
+    def bit_linear(x: Tensor, weight: Tensor) -> None:
+        raw.bit_linear(x, None, [weight], *codes, None, None, 1e-5, True, torch.float32, "exact")
+
     cases = [
         (lambda: raw.quantize_act_int8(x.t()), r"bitnet_ext.quantize_act_int8: x must be contiguous"),
         (lambda: raw.quantize_act_int8(x.double()), "x must be float32, bfloat16 or float16; got float64"),
-        (lambda: raw.bit_linear(x, w.cpu(), None, None, 1e-5, True, torch.float32), "weight must be on cuda:0"),
-        (lambda: raw.bit_linear(x[:, :19].contiguous(), w, None, None, 1e-5, True, torch.float32), "K = 20"),
+        (lambda: raw.quantize_weights([w, w.cpu()]), "must be on cuda:0"),
+        (lambda: bit_linear(x[:, :19].contiguous(), w), "K = 20"),
         (lambda: raw.rms_norm_quantize(x, w[0, :7].contiguous(), 1e-5), r"gain must have shape \[20\]"),
         (lambda: raw.unpack_ternary(torch.zeros(2, 4, dtype=torch.uint8).cuda(), 20), r"\[N, 5\] for K = 20"),
         (lambda: raw.softmax_stats(x, torch.zeros(2, dtype=torch.int64).cuda()), r"target must have shape \[3\]"),

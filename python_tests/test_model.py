@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from bitnet_ext.inference import generate
 from bitnet_ext.models import PRESETS, BitNetConfig, BitNetForCausalLM, KVCache, preset
 from bitnet_ext.nn import BitLinear, PackedBitLinear, convert_linear, pack_model
+from bitnet_ext.testing.twin import TwinModel
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SMALL = preset("collapse-64", vocab_size=211)
@@ -72,6 +74,54 @@ def test_packed_logits_equal_training_logits(config: BitNetConfig, device: str) 
     assert not any(isinstance(m, BitLinear) for m in packed.modules())
     assert any(isinstance(m, BitLinear) for m in model.modules())  # the original is left as it was
     assert torch.equal(packed(ids(3, 17, device=device)), model(ids(3, 17, device=device)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [SMALL, GROUPED], ids=["collapse", "grouped"])
+@pytest.mark.parametrize("mode", ["autocast", "bfloat16"])
+def test_packed_logits_equal_training_logits_in_16_bits(config: BitNetConfig, device: str, mode: str) -> None:
+    model = BitNetForCausalLM(config, seed=0).to(device)
+    if mode == "bfloat16":
+        model = model.bfloat16()
+    packed = pack_model(model)
+    tokens = ids(3, 17, device=device)
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=mode == "autocast"):
+        assert torch.equal(packed(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [SMALL, GROUPED], ids=["collapse", "grouped"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_under_compile_equals_eager(config: BitNetConfig, device: str, autocast: bool) -> None:
+    model = BitNetForCausalLM(config, seed=0).to(device)
+    tokens = ids(2, 9, device=device)
+    results = []
+    # aot_eager traces forward and backward whole without needing a compiler on the machine.
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            logits = function(tokens)
+        logits.float().square().mean().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [SMALL, GROUPED], ids=["collapse", "grouped"])
+def test_gradients_are_those_of_the_plain_network(config: BitNetConfig, device: str) -> None:
+    """Fake quantisation in plain PyTorch differs by the rounding of a few activations, no more."""
+    model = BitNetForCausalLM(config, seed=0).to(device)
+    twin = TwinModel(config).to(device).load_from(model)
+    tokens = ids(2, 16, device=device)
+    for network in (model, twin):
+        logits = network(tokens)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for name, parameter in model.named_parameters():
+        name = name.replace("_proj.norm_weight", "_norm.weight")
+        expected = twin.get_parameter(name).grad
+        similarity = F.cosine_similarity(parameter.grad.flatten(), expected.flatten(), dim=0)
+        assert similarity > 0.99, (name, similarity)
 
 
 @pytest.mark.parametrize("config", [SMALL, GROUPED], ids=["collapse", "grouped"])

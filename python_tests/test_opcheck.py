@@ -10,8 +10,25 @@ import torch
 from bitnet_ext import _ops, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-#: The CPU's products read the packed form.
-CUDA_ONLY = {"prepacked_mm", "prepacked_mm_int32"}
+#: The CPU's products read the packed form, its attention is composed of PyTorch's operators, and it can look at a
+#: scale.
+CUDA_ONLY = {
+    "prepacked_mm",
+    "prepacked_mm_int32",
+    "scale_",
+    "bit_linear_grad",
+    "skinny_mm_nt_",
+    "skinny_mm_nn_",
+    "skinny_mm_tn_",
+    "short_attention",
+    "short_attention_backward",
+    "rotary_query_key",
+    "rotary_query_key_backward",
+    "quantize_grad",
+    "transpose_prepacked",
+    "transpose_int8",
+    "int8_weight_grad",
+}
 
 
 def samples(device: str) -> dict[str, tuple[Any, ...]]:
@@ -25,7 +42,9 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     stack = ops.quantize_weights([weight])
     two_scales = torch.rand(2, device=device)
     logits, target = make(M, V), torch.tensor([3, -100, 60, 0, 9], device=device)
-    stats = ops.softmax_stats(logits, target)
+    padded = make(M, 64)
+    count = torch.ops.bitnet_ext.count_targets(target)
+    stats = torch.ops.bitnet_ext.cross_entropy_rows_(padded, V, target, None, None, 0.0, 0.0, 0.0, 0.0, 0.0)
     pair = [make(3, 4), make(7)]
     moments = [torch.zeros_like(t) for t in pair], [torch.zeros_like(t) for t in pair]
     hyper = torch.tensor([1e-3, 0.1, 0.1, 0.05], device=device)
@@ -35,6 +54,9 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         torch.empty(1, dtype=torch.float64, device=device),
         torch.tensor([-1.0, 0, 0, 0], dtype=torch.float64, device=device),
     )
+    angle = make(M, 16)
+    cos, sin = torch.cat((angle.cos(),) * 2, 1), torch.cat((-angle.sin(), angle.sin()), 1)
+    qkv, out, lse = make(2, M, 4 * 32), make(2, M, 2 * 32), make(2, 2, M)
     return {
         "quantize_act_int8": (x,),
         "rms_norm_quantize": (x, gain, 1e-5),
@@ -58,6 +80,7 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "prepacked_mm": (x_i8, act_scale, prepacked, N, two_scales, bias, [5, 7], torch.bfloat16, True),
         "bit_linear": (
             x.clone().requires_grad_(),
+            make(2, M, K).bfloat16().requires_grad_(),
             [w.clone().requires_grad_() for w in shared],
             *ops.quantize_weights(shared),
             make(N + 16).requires_grad_(),
@@ -67,7 +90,55 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             torch.float32,
             "exact",
         ),
-        "rms_norm_backward": (make(2, M, K), x.detach(), gain.detach(), rstd),
+        "glu_bit_linear": (
+            make(2, M, 2 * K).requires_grad_(),
+            weight.clone().requires_grad_(),
+            *ops.quantize_weights([weight]),
+            bias.clone().requires_grad_(),
+            gain.clone().requires_grad_(),
+            1e-5,
+            True,
+            "silu",
+            torch.float32,
+            "exact",
+        ),
+        "glu_backward": (make(2, M, K), make(2, M, 2 * K), "relu2", gain, rstd, True),
+        "rms_norm": (
+            x.clone().requires_grad_(),
+            make(2, M, K).bfloat16().requires_grad_(),
+            gain.clone().requires_grad_(),
+            1e-5,
+        ),
+        "quantize_grad": (
+            make(M, N),
+            act_scale[0],
+            two_scales,
+            [5, 7],
+            torch.tensor([1], device=device),
+            True,
+            True,
+        ),
+        "transpose_prepacked": (prepacked, N, K),
+        "transpose_int8": (x_i8[0], torch.arange(128, dtype=torch.int32, device=device) % M),
+        "int8_weight_grad": (
+            torch.zeros(N, 128, dtype=torch.int8, device=device),
+            torch.ones(K, 128, dtype=torch.int8, device=device),
+            torch.ones(N, device=device),
+            torch.ones(1, device=device),
+            torch.bfloat16,
+        ),
+        "rms_norm_backward": (make(2, M, K), x, gain, rstd, make(2, M, K), torch.bfloat16),
+        "bit_linear_grad": (
+            make(M, N),
+            ops.quantize_act_int8(make(M, K))[0],
+            torch.rand(M, device=device),
+            prepacked,
+            torch.rand(1, device=device),
+            [N],
+            True,
+            True,
+            torch.bfloat16,
+        ),
         "sum_of_squares": (pair,),
         "adam_step_": (
             pair,
@@ -87,19 +158,28 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         ),
         "sum_rows": (torch.tensor([3, 0, 3], device=device), make(3, 7), 5),
         "clip_gradients_": (pair, torch.zeros(1, dtype=torch.int64, device=device), 1.0, latch),
+        "skinny_mm_nt_": (torch.zeros(M, 64, device=device), make(M, 24), make(V, 24)),
+        "skinny_mm_nn_": (make(M, 24), make(M, 60), make(60, 24)),
+        "skinny_mm_tn_": (make(60, 24), make(M, 60), make(M, 24), True),
         "softmax_stats": (logits, target),
-        "softmax_grad_": (
-            logits.clone(),
+        "count_targets": (target,),
+        "cross_entropy_rows_": (padded.clone(), V, target, count, make(V), 0.1, 1e-3, 0.1, 0.2, 20.0),
+        "cross_entropy_mean": (*stats[:4], target, one, one.double(), 0.1, 1e-3, 0.1, 0.2, 1e-4),
+        "probability_sums": (padded, V, target, stats[0], 20.0),
+        "scale_": ([make(3, 4), make(7)], one),
+        "linear_cross_entropy": (
+            make(M, K).requires_grad_(),
+            make(V, K).requires_grad_(),
             target,
-            stats.lse.float(),
-            make(M),
-            make(M),
-            make(V),
-            0.1,
-            0.2,
-            0.9,
-            0.1 / V,
+            *(0.1, 1e-3, 0.1, 0.2, 20.0, 1e-4),
+            600,
+            True,
+            True,
         ),
+        "short_attention": (qkv.clone().requires_grad_(), cos, sin, 2, 1),
+        "short_attention_backward": (make(2, M, 2 * 32), qkv, cos, sin, out, lse, 2, 1),
+        "rotary_query_key": (qkv, cos, sin, 2, 1),
+        "rotary_query_key_backward": (make(2, M, 2, 32), make(2, M, 1, 32), make(2, M, 1, 32), cos, sin),
     }
 
 

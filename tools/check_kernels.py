@@ -44,6 +44,7 @@ class Rule:
 LOAD_16 = r"\bLDG\.E\.128"
 STORE_16 = r"\bSTG\.E\.128"
 LOAD_MATRIX = r"\bLDSM\.16\.M88\.4"
+LOAD_MATRIX_T = r"\bLDSM\.16\.MT88\.4"
 COPY_16 = r"\bLDGSTS\.E\.(BYPASS\.)?(\w+\.)*128"
 RULES = [
     Rule("gemv", r"gemv_kernel<", (r"\bIMMA\.16832\.S8\.S8", r"\bLDG\.E\.(NA\.)?128")),
@@ -56,6 +57,10 @@ RULES = [
         (r"\bIGMMA\.64x\d+x32\.S8\.S8", r"\bUTMALDG", r"\bLDS\.128", r"\bSTSM"),
         "90a",
     ),
+    Rule("sm90_int8_gemm", r"gemm_kernel", (r"\bIGMMA\.64x256x32\.S8\.S8", r"\bUTMALDG", r"\bSTSM"), "90a"),
+    Rule("quantize_grad", r"gradient_maxima_kernel<", (LOAD_16,)),
+    Rule("quantize_grad", r"quantize_grad_kernel<", (LOAD_16, STORE_16)),
+    Rule("transpose", r"transpose_\w+_kernel", (LOAD_16, STORE_16)),
     Rule("prepack", r"\bprepack_\w+_kernel", (STORE_16,)),
     Rule("prepack", r"dequantize_prepacked_kernel<.*true>", (STORE_16,)),
     Rule("quantize_act", r"quantize_act_kernel<.*RowShape<[48],", (r"\bLDG\.E\.NA\.128",)),
@@ -67,11 +72,27 @@ RULES = [
     Rule("pack", r"\bpack_kernel<true>", (LOAD_16,)),
     Rule("pack", r"unpack_kernel<true>", (STORE_16,)),
     Rule("pack", r"dequantize_\w+_kernel<float>", (STORE_16,)),
-    Rule("rms_norm", r"grad_x_kernel<float, float>", (LOAD_16, STORE_16)),
+    Rule("rms_norm", r"rms_norm_kernel<.*ChunkShape<\d+, \d, true,", (LOAD_16, STORE_16)),
+    Rule("rms_norm_backward", r"norm_backward_kernel<.*ChunkShape<\d+, \d, true,", (LOAD_16, STORE_16)),
+    Rule("glu_backward", r"norm_backward_kernel<.*ChunkShape<\d+, \d, true,", (LOAD_16, STORE_16)),
     Rule("adam", r"adam_step_kernel", (LOAD_16, STORE_16)),
     Rule("grad_norm", r"square_sums_kernel", (LOAD_16,)),
+    Rule("row_gradient", r"sum_rows_kernel", (LOAD_16, STORE_16)),
     Rule("softmax", r"softmax_stats_kernel<", (LOAD_16,)),
-    Rule("softmax", r"softmax_grad_kernel<", (LOAD_16, STORE_16)),
+    Rule("cross_entropy", r"rows_kernel<", (COPY_16, r"\bLDS\.128", STORE_16)),
+    Rule("cross_entropy_parts", r"probability_sums_kernel<", (LOAD_16,)),
+    Rule("short_attention", r"short_attention_kernel<", (LOAD_16, r"\bLDS\.128", r"\bSTS\.128")),
+    Rule(
+        "short_attention_backward",
+        r"short_attention_backward_kernel<",
+        (LOAD_16, r"\bLDS\.128", r"\bSTS\.128"),
+    ),
+    Rule("rotary", r"rotary_kernel<\w+, [48],", (LOAD_16, STORE_16)),
+    Rule("small_grad", r"small_grad_kernel<", (r"\bHMMA\.16816\.F32\.BF16",)),
+    Rule("small_grad", r"small_grad_kernel<float, true", (LOAD_16, STORE_16)),
+    Rule("skinny_mm", r"skinny_nt_kernel<", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX)),
+    Rule("skinny_mm", r"skinny_tn_kernel", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX_T, STORE_16)),
+    Rule("skinny_nn", r"skinny_nn_kernel", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX, LOAD_MATRIX_T)),
 ]
 
 

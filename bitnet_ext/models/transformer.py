@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitnet_ext import ops
 from bitnet_ext.models.config import BitNetConfig
 from bitnet_ext.models.kv_cache import KVCache
 from bitnet_ext.nn import BitLinear, RMSNorm, WeightCache
-from bitnet_ext.nn.shared_input import shared_input_linear
+from bitnet_ext.nn.fused import apart, glu_linear, norm_linear, side_by_side
+from bitnet_ext.ops.attention import apply_rotary
+from bitnet_ext.ops.fused_quantize import Activation
 
 
 def rotary_table(config: BitNetConfig) -> tuple[Tensor, Tensor]:
     """cos and signed sin, [max_seq_len, head_dim], of the rotary embedding (RoFormer, arXiv 2104.09864).
 
     The pair (i, i + head_dim / 2) turns by ``position * theta^(-2 i / head_dim)``. Both halves of a row hold
-    the same cosines; the first half of the sines is negated, as :func:`apply_rotary` needs them.
+    the same cosines; the first half of the sines is negated, as :func:`bitnet_ext.ops.rotary_attention` needs them.
     """
     pairs = config.head_dim // 2
     frequency = config.rope_theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
@@ -27,16 +30,9 @@ def rotary_table(config: BitNetConfig) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs of x [B, heads, T, head_dim] by position; cos, sin [T, head_dim] of :func:`rotary_table`."""
-    y = x.float()
-    # Rolling by half swaps the members of each pair: 3 kernels forward and 4 backward, where halves take 20.
-    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
-
-
-def split_heads(parts: list[Tensor], head_dim: int) -> list[Tensor]:
-    """[B, T, heads * head_dim] -> [B, heads, T, head_dim] each."""
-    return [part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in parts]
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -52,23 +48,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     return out.transpose(1, 2).flatten(-2)
 
 
-def rotary_attention(
-    parts: list[Tensor], cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
-) -> Tensor:
-    """Causal attention with rotated queries and keys, of whole sequences from their beginning.
-
-    Args:
-        parts: query, key and value, [B, T, heads * head_dim] each: of one product, or apart.
-        cos, sin: [T, head_dim] of :func:`rotary_table`.
-
-    Returns:
-        [B, T, num_heads * head_dim].
-    """
-    head_dim = parts[0].shape[-1] // num_heads
-    query, key, value = split_heads(parts, head_dim)
-    return causal_attention(apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value)
-
-
 class Attention(nn.Module):
     """Causal attention with grouped queries; input and output products are BitLinear."""
 
@@ -79,6 +58,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         hidden, kv = config.hidden_size, config.num_kv_heads * config.head_dim
         kind = config.quantization
+        self.sizes = (hidden, kv, kv)
         self.input_norm = RMSNorm(hidden, config.norm_eps) if config.pre_linear_norm else None
         self.qkv_cache = WeightCache()
         self.q_proj = BitLinear(hidden, hidden, quantization=kind)
@@ -88,18 +68,22 @@ class Attention(nn.Module):
             hidden, hidden, norm=config.sub_norm, norm_eps=config.norm_eps, quantization=kind
         )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, delta: Tensor | None, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of ``norm(x + delta)``: the output, and that sum."""
+        norms = [norm] if self.input_norm is None else [norm, self.input_norm]
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        parts = shared_input_linear(x, layers, self.qkv_cache, self.input_norm)
+        parts, x = norm_linear(x, delta, norms, layers, self.qkv_cache)
         if cache is None:
-            out = rotary_attention(parts, cos, sin, self.num_heads, self.num_kv_heads)
+            out = ops.rotary_attention(side_by_side(parts), cos, sin, self.num_heads, self.num_kv_heads)
         else:
             out = self._continue(parts, cos, sin, cache)
-        return self.o_proj(out)
+        return self.o_proj(out), x
 
     def _continue(self, parts: list[Tensor], cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
         """Attention of tokens that follow those in the cache."""
-        query, key, value = split_heads(parts, self.head_dim)
+        query, key, value = (split_heads(part, self.head_dim) for part in apart(parts, self.sizes))
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         start, T = cache.length, query.shape[2]
         key, value = cache.append(self.layer, key, value)
@@ -117,7 +101,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: BitNetConfig) -> None:
         super().__init__()
         hidden, inner, kind = config.hidden_size, config.intermediate_size, config.quantization
-        self.activation = config.activation
+        self.activation: Activation = config.activation  # type: ignore[assignment]
         self.input_norm = RMSNorm(hidden, config.norm_eps) if config.pre_linear_norm else None
         self.gate_up_cache = WeightCache()
         self.gate_proj = BitLinear(hidden, inner, quantization=kind)
@@ -126,15 +110,17 @@ class FeedForward(nn.Module):
             inner, hidden, norm=config.sub_norm, norm_eps=config.norm_eps, quantization=kind
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        layers = (self.gate_proj, self.up_proj)
-        gate, up = shared_input_linear(x, layers, self.gate_up_cache, self.input_norm)
-        gate = F.relu(gate).square() if self.activation == "relu2" else F.silu(gate)
-        return self.down_proj(gate * up)
+    def forward(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """Of ``norm(x + delta)``: the output, and that sum."""
+        norms = [norm] if self.input_norm is None else [norm, self.input_norm]
+        parts, x = norm_linear(x, delta, norms, (self.gate_proj, self.up_proj), self.gate_up_cache)
+        return glu_linear(parts, self.activation, self.down_proj), x
 
 
 class Block(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block. What it adds to the stream is handed on apart: the next norm adds it in its own pass,
+    forward and backward.
+    """
 
     def __init__(self, config: BitNetConfig, layer: int) -> None:
         super().__init__()
@@ -143,9 +129,13 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream ``x + delta`` with the attention added, and what the feed-forward net adds to it."""
+        delta, x = self.attention(x, delta, self.attention_norm, cos, sin, cache)
+        delta, x = self.feed_forward(x, delta, self.feed_forward_norm)
+        return x, delta
 
 
 class BitNetForCausalLM(nn.Module):
@@ -216,13 +206,14 @@ class BitNetForCausalLM(nn.Module):
                 f"BitNetForCausalLM: input_ids must end within max_seq_len = {self.config.max_seq_len} "
                 f"tokens, got {start + T}"
             )
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
-        x = self.embed_tokens(input_ids)
+        # In float32, also in a model cast to bfloat16.
+        cos, sin = (table[start : start + T].float() for table in (self.cos, self.sin))
+        x, delta = self.embed_tokens(input_ids), None
         for layer in self.layers:
-            x = layer(x, cos, sin, cache)
+            x, delta = layer(x, delta, cos, sin, cache)
         if cache is not None:
             cache.length += T
-        return self.final_norm(x)
+        return self.final_norm.add(x, delta)[0]
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.logits(self.hidden_states(input_ids, cache))

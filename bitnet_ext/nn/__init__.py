@@ -2,7 +2,7 @@
 models.
 """
 
-from bitnet_ext.nn.bit_linear import QUANTIZATIONS, BitLinear
+from bitnet_ext.nn.bit_linear import QUANTIZATIONS, BitLinear, set_backward
 from bitnet_ext.nn.convert import convert_linear, pack_model
 from bitnet_ext.nn.int8_linear import Int8Linear
 from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
@@ -19,5 +19,6 @@ __all__ = [
     "convert_linear",
     "pack_model",
     "resident_weights",
+    "set_backward",
     "weight_caches",
 ]

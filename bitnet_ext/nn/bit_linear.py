@@ -26,6 +26,8 @@ class BitLinear(nn.Module):
         norm: puts an RMSNorm with a gain (`norm_weight`, [K]) before the quantiser, fused with it.
         norm_eps: epsilon of that norm.
         quantization: "b1.58", or "none" for the full-precision twin with the same parameters.
+        backward: how the two products of the backward pass are computed, "exact" or "int8", see
+            :func:`bitnet_ext.ops.bit_linear`; may be set at any time. Full precision has only the first.
 
     The codes are kept until the weight changes (:class:`WeightCache`).
 
@@ -44,6 +46,7 @@ class BitLinear(nn.Module):
         norm: bool = False,
         norm_eps: float = 1e-5,
         quantization: str = "b1.58",
+        backward: ops.Backward = "exact",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,6 +61,7 @@ class BitLinear(nn.Module):
         self.out_features = out_features
         self.norm_eps = norm_eps
         self.quantization = quantization
+        self.backward_mode: ops.Backward = backward
         self.cache = WeightCache()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
@@ -97,14 +101,25 @@ class BitLinear(nn.Module):
                 bias=self.float_bias,
                 norm_weight=gain,
                 norm_eps=norm_eps,
+                backward=self.backward_mode,
                 quantized=self.cache.get([self.weight]),
             )
         if gain is not None:
-            x = nn.functional.rms_norm(x.float(), (self.in_features,), gain, self.norm_eps).to(x.dtype)
+            x = ops.rms_norm(x, gain, self.norm_eps)
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
-            f"norm={self.norm_weight is not None}, quantization={self.quantization!r}"
+            f"norm={self.norm_weight is not None}, quantization={self.quantization!r}, "
+            f"backward={self.backward_mode!r}"
         )
+
+
+def set_backward(model: nn.Module, backward: ops.Backward) -> None:
+    """Has every :class:`BitLinear` of `model` compute its gradients by "exact" or "int8" products."""
+    if backward not in ops.BACKWARDS:
+        raise ValueError(f"set_backward: backward must be {' or '.join(ops.BACKWARDS)}, got {backward!r}")
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module.backward_mode = backward

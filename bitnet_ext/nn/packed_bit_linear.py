@@ -81,8 +81,8 @@ class PackedBitLinear(nn.Module):
             layer.out_features,
             packed,
             weight_scale,
-            None if layer.bias is None else layer.bias.detach().clone(),
-            None if layer.norm_weight is None else layer.norm_weight.detach().clone(),
+            None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True),
+            None if layer.norm_weight is None else layer.norm_weight.detach().to(torch.float32, copy=True),
             layer.norm_eps,
         )
 

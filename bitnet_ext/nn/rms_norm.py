@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bitnet_ext import ops
+
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean x^2 + eps) * weight`` over the last dimension, computed in float32, returned in x's dtype.
@@ -21,7 +23,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x.float(), (self.features,), self.weight.float(), self.eps).to(x.dtype)
+        return ops.rms_norm(x, self.weight.float(), self.eps)
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + delta``, and that sum; of x itself where there is nothing to add."""
+        if delta is None:
+            return self(x), x
+        return ops.add_rms_norm(x, delta, self.weight.float(), self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}"

@@ -3,13 +3,22 @@
 Shapes: M tokens, N out_features, K in_features. Activations keep their leading dimensions.
 """
 
-from bitnet_ext.ops.bit_linear import bit_linear, bit_linear_ref
+from bitnet_ext.ops.attention import rotary_attention, rotary_attention_ref
+from bitnet_ext.ops.bit_linear import (
+    BACKWARDS,
+    Backward,
+    add_bit_linear,
+    add_bit_linear_ref,
+    bit_linear,
+    bit_linear_ref,
+)
 from bitnet_ext.ops.fused_quantize import (
     add_rms_norm_quantize,
     add_rms_norm_quantize_ref,
     glu_quantize,
     glu_quantize_ref,
 )
+from bitnet_ext.ops.glu import glu_backward_ref, glu_bit_linear, glu_bit_linear_ref
 from bitnet_ext.ops.int8_grad import int8_grads, int8_grads_ref
 from bitnet_ext.ops.int8_mm import int8_mm, int8_mm_ref, quantize_rows_int8, quantize_rows_int8_ref
 from bitnet_ext.ops.loss import (
@@ -66,21 +75,41 @@ from bitnet_ext.ops.quantize_groups import (
     quantize_weights_ref,
 )
 from bitnet_ext.ops.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_ref,
+    rms_norm,
     rms_norm_backward,
     rms_norm_backward_ref,
     rms_norm_quantize,
     rms_norm_quantize_ref,
+    rms_norm_ref,
 )
+from bitnet_ext.ops.skinny_mm import (
+    prefers_skinny_mm,
+    skinny_mm_nn,
+    skinny_mm_nn_ref,
+    skinny_mm_nt,
+    skinny_mm_nt_ref,
+    skinny_mm_tn,
+    skinny_mm_tn_ref,
+)
+from bitnet_ext.ops.small_grad import exact_grads_small, exact_grads_small_ref, prefers_small_grad
 
 __all__ = [
+    "BACKWARDS",
+    "Backward",
     "LinearCrossEntropyOutput",
     "QuantizedWeight",
     "SoftmaxStats",
     "abs_sums_like",
     "adam_step_",
     "adam_step_ref",
+    "add_bit_linear",
+    "add_bit_linear_ref",
+    "add_rms_norm",
     "add_rms_norm_quantize",
     "add_rms_norm_quantize_ref",
+    "add_rms_norm_ref",
     "bit_linear",
     "bit_linear_ref",
     "can_stack",
@@ -92,6 +121,11 @@ __all__ = [
     "dequantize_prepacked_ref",
     "dequantize_ternary",
     "dequantize_ternary_ref",
+    "exact_grads_small",
+    "exact_grads_small_ref",
+    "glu_backward_ref",
+    "glu_bit_linear",
+    "glu_bit_linear_ref",
     "glu_quantize",
     "glu_quantize_ref",
     "int8_grads",
@@ -104,6 +138,8 @@ __all__ = [
     "linear_cross_entropy_ref",
     "pack_ternary",
     "pack_ternary_ref",
+    "prefers_skinny_mm",
+    "prefers_small_grad",
     "prepack_int8",
     "prepack_int8_ref",
     "prepack_ternary",
@@ -119,10 +155,20 @@ __all__ = [
     "quantize_weight_ternary_ref",
     "quantize_weights",
     "quantize_weights_ref",
+    "rms_norm",
     "rms_norm_backward",
     "rms_norm_backward_ref",
     "rms_norm_quantize",
     "rms_norm_quantize_ref",
+    "rms_norm_ref",
+    "rotary_attention",
+    "rotary_attention_ref",
+    "skinny_mm_nn",
+    "skinny_mm_nn_ref",
+    "skinny_mm_nt",
+    "skinny_mm_nt_ref",
+    "skinny_mm_tn",
+    "skinny_mm_tn_ref",
     "softmax_stats",
     "softmax_stats_ref",
     "sum_of_squares",

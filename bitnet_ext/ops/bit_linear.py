@@ -14,20 +14,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitnet_ext._autograd import GRADS
 from bitnet_ext.ops import _checks
-from bitnet_ext.ops.int8_grad import int8_grads
 from bitnet_ext.ops.matmul import int8xint2_mm_ref
 from bitnet_ext.ops.packing import pack_ternary_ref
 from bitnet_ext.ops.quantize import quantize_act_int8_ref, quantize_weight_ternary_ref
 from bitnet_ext.ops.quantize_groups import QuantizedWeight, can_stack, quantize_weights
-from bitnet_ext.ops.rms_norm import check_gain
+from bitnet_ext.ops.rms_norm import check_delta, check_gain
 
 _ops = torch.ops.bitnet_ext
 
 Backward = Literal["exact", "int8"]
 BACKWARDS = ("exact", "int8")
-GRADS["int8"] = int8_grads
 
 
 def bit_linear(
@@ -61,7 +58,58 @@ def bit_linear(
     Returns:
         [..., N] of `out_dtype`. Gradients reach x, weight, bias and norm_weight.
     """
-    op = "bit_linear"
+    out_dtype = result_dtype("bit_linear", out_dtype, x)
+    return _bit_linear(
+        "bit_linear", x, None, weight, bias, norm_weight, norm_eps, out_dtype, backward, quantized
+    )[0]
+
+
+def add_bit_linear(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    backward: Backward = "exact",
+    quantized: QuantizedWeight | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sum = x + delta``, and :func:`bit_linear` of it with a norm: sum, norm and quantiser in one pass, in the
+    backward norm and sum in one.
+
+    For the residual stream x of a transformer and the output `delta` of the block before. The sum is rounded to x's
+    dtype before the norm.
+
+    Args:
+        x: [..., K] float32, bfloat16 or float16.
+        delta: of x's shape and dtype, or bfloat16 or float16 where x is float32.
+        weight, bias, norm_weight, norm_eps, out_dtype, backward, quantized: as for :func:`bit_linear`.
+
+    Returns:
+        y [..., N] of `out_dtype`, and sum of x's shape and dtype. Gradients reach x, delta, weight, bias and
+        norm_weight, from both results.
+    """
+    op = "add_bit_linear"
+    check_delta(op, x, delta)
+    out_dtype = result_dtype(op, out_dtype, x)
+    return _bit_linear(op, x, delta, weight, bias, norm_weight, norm_eps, out_dtype, backward, quantized)
+
+
+def _bit_linear(
+    op: str,
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    out_dtype: torch.dtype,
+    backward: Backward,
+    quantized: QuantizedWeight | None,
+) -> tuple[Tensor, Tensor]:
+    """y and, with delta, the sum."""
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     _checks.tensor(op, "x", x, dtypes=_checks.FLOATS, min_dim=1)
     N = _check_weights(op, weights, x)
@@ -70,36 +118,27 @@ def bit_linear(
             f"{op}: x must have K = {weights[0].shape[1]} as its last dimension (in_features of weight), "
             f"got {x.shape[-1]}"
         )
-    _check_bias(op, bias, N, x)
+    check_bias(op, bias, N, x)
     if norm_weight is not None:
         if norm_eps is None:
             raise ValueError(f"{op}: norm_weight needs norm_eps, got norm_eps=None")
         check_gain(op, "norm_weight", norm_weight, x)
         norm_weight = norm_weight.contiguous()
     check_backward(op, backward)
-    out_dtype = result_dtype(op, out_dtype, x)
     if quantized is None and not can_stack(weights):
-        parts = [w.shape[0] for w in weights]
-        biases = [None] * len(parts) if bias is None else bias.split(parts)
-        return torch.cat(
-            [
-                bit_linear(
-                    x,
-                    w,
-                    bias=b,
-                    norm_weight=norm_weight,
-                    norm_eps=norm_eps,
-                    out_dtype=out_dtype,
-                    backward=backward,
-                )
-                for w, b in zip(weights, biases, strict=True)
-            ],
-            dim=-1,
-        )
+        sizes = [w.shape[0] for w in weights]
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        total = x if delta is None else (x + delta).to(x.dtype)
+        parts = [
+            _bit_linear(op, total, None, w, b, norm_weight, norm_eps, out_dtype, backward, None)[0]
+            for w, b in zip(weights, biases, strict=True)
+        ]
+        return torch.cat(parts, dim=-1), total
     weights = [w.contiguous() for w in weights]
     packed, weight_scale = quantize_weights(weights) if quantized is None else quantized
-    return _ops.bit_linear(
+    result = _ops.bit_linear(
         x.contiguous(),
+        None if delta is None else delta.contiguous(),
         weights,
         packed,
         weight_scale,
@@ -109,7 +148,8 @@ def bit_linear(
         norm_eps is not None,
         out_dtype,
         backward,
-    )[0]
+    )
+    return result[0], result[4]
 
 
 def check_backward(op: str, backward: str) -> None:
@@ -146,7 +186,7 @@ def _check_weights(op: str, weights: Sequence[Tensor], x: Tensor) -> int:
     return N
 
 
-def _check_bias(op: str, bias: Tensor | None, N: int, x: Tensor) -> None:
+def check_bias(op: str, bias: Tensor | None, N: int, x: Tensor) -> None:
     if bias is not None:
         _checks.tensor(op, "bias", bias, dtypes=(torch.float32,), dim=1)
         _checks.shape(op, "bias", bias, (N,), "out_features of weight")
@@ -198,3 +238,17 @@ def bit_linear_ref(
     w_q = _StraightThrough.apply(weight.float(), codes.float() * weight_scale)
     # The float product carries the gradient, the integer one the value.
     return _StraightThrough.apply(torch.nn.functional.linear(x_q, w_q, bias), exact)
+
+
+def add_bit_linear_ref(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_bit_linear` in plain PyTorch, y in float32."""
+    total = (x + delta).to(x.dtype)
+    return bit_linear_ref(total, weight, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps), total

@@ -105,7 +105,7 @@ def glu_quantize(
     _checks.tensor(op, "up", up, dtypes=(gate.dtype,))
     _checks.shape(op, "up", up, gate.shape, "the shape of gate")
     _checks.same_device(op, "up", up, "gate", gate)
-    _check_activation(op, activation)
+    check_activation(op, activation)
     if gain is not None and not normalize:
         raise ValueError(f"{op}: gain must be None when normalize is False, got a gain")
     gain = _norm_arguments(op, gain, eps, gate)
@@ -121,14 +121,14 @@ def glu_quantize_ref(
     normalize: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`glu_quantize` in plain PyTorch."""
-    _check_activation("glu_quantize_ref", activation)
+    check_activation("glu_quantize_ref", activation)
     h = (F.relu(gate).square() if activation == "relu2" else F.silu(gate)) * up
     if not normalize:
         return quantize_act_int8_ref(h)
     return rms_norm_quantize_ref(h, gain, eps)[:2]
 
 
-def _check_activation(op: str, activation: str) -> None:
+def check_activation(op: str, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be relu2 or silu, got {activation!r}")
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet_ext.models import BitNetConfig, BitNetForCausalLM
-from bitnet_ext.models.transformer import apply_rotary, rotary_table
+from bitnet_ext.models.transformer import rotary_table
+from bitnet_ext.ops.attention import apply_rotary
 
 
 class FakeQuantLinear(nn.Linear):

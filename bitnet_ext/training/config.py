@@ -11,6 +11,7 @@ OPTIMIZERS = ("adam_l2", "adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "two-stage", "report")
 WD_SCHEDULES = ("constant", "two-stage", "cosine-then-off")
 PRECISIONS = ("fp32", "bf16")
+BACKWARDS = ("exact", "int8")
 SAMPLING = ("shuffled", "sequential")
 
 
@@ -26,6 +27,9 @@ class TrainConfig:
         sampling: "shuffled" (each row once an epoch, a new order every epoch) or "sequential".
         seed: of the order of rows.
         precision: "fp32", or "bf16" autocast with float32 parameters and optimiser state.
+
+        backward: how ternary layers compute their gradients, "exact" or "int8", see
+            :func:`bitnet_ext.ops.bit_linear`.
 
         optimizer: "adam_l2", L2 in the gradient as ``torch.optim.Adam(weight_decay=...)``, "adamw",
             decoupled decay, or "muon" (:class:`bitnet_ext.training.muon.Muon`) for the matrices between
@@ -46,9 +50,8 @@ class TrainConfig:
         wd_second: weight decay of the second stage.
         grad_clip: largest global gradient norm; None for no clipping.
 
-        label_smoothing, z_loss, entropy_weight, diversity_weight: terms of the objective, see
-            :func:`bitnet_ext.ops.linear_cross_entropy`.
-        output_l2: weight of the sum of squares of the output head.
+        label_smoothing, z_loss, entropy_weight, diversity_weight, output_l2: terms of the objective, see
+            :func:`bitnet_ext.ops.linear_cross_entropy`; the last weighs the sum of squares of the output head.
 
         cuda_graph: capture the whole step in a CUDA graph (one process on a GPU; else without effect).
         log_interval: steps between "train" lines of the metrics file.
@@ -65,6 +68,7 @@ class TrainConfig:
     sampling: str = "shuffled"
     seed: int = 0
     precision: str = "fp32"
+    backward: str = "exact"
 
     optimizer: str = "adamw"
     lr: float = 1.5e-3
@@ -116,6 +120,7 @@ class TrainConfig:
             ("lr_schedule", LR_SCHEDULES),
             ("wd_schedule", WD_SCHEDULES),
             ("precision", PRECISIONS),
+            ("backward", BACKWARDS),
             ("sampling", SAMPLING),
             ("final_checkpoint", ("full", "model", "none")),
         ):

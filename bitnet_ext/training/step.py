@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bitnet_ext import ops
 from bitnet_ext.models import BitNetForCausalLM
-from bitnet_ext.nn import WeightCache, resident_weights, weight_caches
+from bitnet_ext.nn import WeightCache, resident_weights, set_backward, weight_caches
 from bitnet_ext.ops import QuantizedWeight
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.distributed import World, mean_over_ranks
@@ -67,20 +68,17 @@ class LanguageModelLoss(nn.Module):
         bf16 = config.precision == "bf16"
         with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16):
             hidden = self.model.hidden_states(rows[:, :-1].contiguous())
-        head = self.model.head_weight
         out = ops.linear_cross_entropy(
             hidden.bfloat16() if bf16 else hidden,
-            head,
+            self.model.head_weight,
             rows[:, 1:].contiguous(),
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
             entropy_weight=config.entropy_weight,
             diversity_weight=config.diversity_weight,
+            output_l2=config.output_l2,
         )
-        loss = out.loss
-        if config.output_l2:
-            loss = loss + config.output_l2 * head.square().sum()
-        return loss, out.cross_entropy, out.entropy
+        return out.loss, out.cross_entropy, out.entropy
 
 
 class TrainStep:
@@ -106,6 +104,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.device = device
         self.world = world
+        set_backward(model, cast(ops.Backward, config.backward))
         loss = LanguageModelLoss(model, config)
         self._loss: nn.Module = DistributedDataParallel(loss) if world.size > 1 else loss
         self.block_steps = BLOCK_STEPS if device.type == "cuda" else 1

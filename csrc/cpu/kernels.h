@@ -48,14 +48,19 @@ struct SoftmaxStats {
   int64_t* argmax;
 };
 
-// Inputs of softmax_grad_ for a run of rows.
-struct SoftmaxGrad {
+// The terms of the loss and the outputs of cross_entropy_rows_ for a run of rows.
+struct CrossEntropyRows {
   const int64_t* target;
-  const float* lse;
-  const float* row_scale;
-  const float* row_coef;
   const float* log_marginal;  // [V] or null
-  float entropy_weight, diversity_weight, target_weight, uniform_weight;
+  float label_smoothing, z_loss, entropy_weight, diversity_weight;
+  float softcap;        // 0: none
+  float scale;          // of the gradient: 1 over the number of targets
+  bool write_gradient;  // over the logits, zeros over the padding
+  float* lse;
+  float* cross_entropy;
+  float* entropy;
+  float* smoothing;
+  int64_t* argmax;
 };
 
 struct Kernels {
@@ -111,6 +116,15 @@ struct Kernels {
                     Dtype dtype,
                     void* y);
 
+  // --- RMSNorm; gain may be null ---
+  void (*rms_norm)(const void* x,
+                   Dtype dtype,
+                   const float* gain,
+                   double eps,
+                   int64_t rows,
+                   int64_t K,
+                   void* y,
+                   float* rstd);
   // --- RMSNorm backward; grad_gain [K] fp32 is added to, null without a gain ---
   void (*rms_norm_backward)(const void* grad_y,
                             Dtype grad_dtype,
@@ -135,7 +149,17 @@ struct Kernels {
                         int64_t rows,
                         int64_t V,
                         const SoftmaxStats& out);
-  void (*softmax_grad)(void* logits, Dtype dtype, int64_t rows, int64_t V, const SoftmaxGrad& in);
+  void (*cross_entropy_rows)(
+      float* logits, int64_t rows, int64_t V, int64_t stride, const CrossEntropyRows& in);
+  // sums[j] = sum over the rows whose target is not negative of exp(z_j - lse).
+  void (*probability_sums)(const float* logits,
+                           const int64_t* target,
+                           const float* lse,
+                           float softcap,
+                           int64_t rows,
+                           int64_t V,
+                           int64_t stride,
+                           float* sums);
 };
 
 const Kernels& scalar_kernels();

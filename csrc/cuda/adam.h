@@ -13,7 +13,7 @@ namespace bitnet_ext::cuda {
 struct AdamTable {
   static constexpr int kMaxTensors = 72;
   enum Flag : uint8_t {
-    kAligned = 1,  // all four pointers are multiples of 16
+    kAligned = 1,  // all four pointers are multiples of 16, and so is a row of a gradient by rows
     kDecay = 2,    // weight decay applies
     kTernary = 4,  // the sums of |param| are wanted
     kRows = 8,     // the gradient is that of some rows: AdamSettings::slots

@@ -12,6 +12,7 @@
 //
 // A row that holds NaN or Inf gets act_scale = NaN, and so every result computed with it is NaN. The
 // arithmetic behind h is in common/quantize_row.cuh.
+#include "cuda/common/activation.cuh"
 #include "cuda/common/dispatch.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/quantize_row.cuh"
@@ -20,28 +21,6 @@
 
 namespace bitnet_ext::cuda {
 namespace {
-
-struct Relu2 {
-  static constexpr int kResidentQuarters = 4;  // of the threads that a shape asks for on a multiprocessor
-
-  // relu(NaN) is NaN.
-  static __device__ __forceinline__ float apply(float g) {
-    float r;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(r) : "f"(g));
-    return __fmul_rn(r, r);
-  }
-};
-
-struct Silu {
-  // The division wants registers, and two tensors under way make up for the threads.
-  static constexpr int kResidentQuarters = 3;
-
-  // As PyTorch's CUDA kernel writes it, so that the same compiler makes the same of it: the exact operations
-  // of expf, contraction included, are not ours to choose.
-  static __device__ __forceinline__ float apply(float g) {
-    return g / (1.0f + expf(-g));
-  }
-};
 
 template <typename Activation_, typename scalar_t, int kVec>
 struct GluRow {
@@ -91,7 +70,7 @@ __global__ void __launch_bounds__(Shape::kThreads,
                       row,
                       args.K,
                       k,
-                      RowOutput{args.x_i8, args.act_scale, nullptr});
+                      RowOutput{args.x_i8, args.act_scale, args.rstd});
 }
 
 template <typename Activation, typename scalar_t>

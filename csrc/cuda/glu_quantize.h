@@ -22,6 +22,7 @@ struct GluQuantizeArgs {
   int64_t M, K;
   int8_t* x_i8;      // [M, K]
   float* act_scale;  // [M]
+  float* rstd;       // [M] or null, written only when normalize is set
   bool dependent_launch;
 };
 

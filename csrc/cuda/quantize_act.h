@@ -21,7 +21,8 @@ struct QuantizeActArgs {
   float* act_scale;  // [M]
   float* rstd;       // [M] or null, written only when normalize is set
   // With a residual the row is x + residual, rounded to `dtype`, and also written.
-  const void* residual;  // [M, K] of `dtype`, or null
+  const void* residual;  // [M, K] of `residual_dtype`, or null
+  DType residual_dtype;  // `dtype`, or a 16-bit type where that is fp32
   void* sum;             // [M, K] of `dtype`
   bool dependent_launch;
 };

@@ -1,161 +1,132 @@
-// Gradients of the RMS norm.
+// The RMS norm in one pass, optionally behind the sum with the output of a block.
 //
-//   g = grad_y * gain,  xhat = x * rstd
-//   grad_x    = rstd * (g - xhat * mean_k(g * xhat))          [M, K]
-//   grad_gain = sum over rows of grad_y * xhat                [K]
+//   s = x,  or  x + delta rounded to x's type and written                 [M, K]
+//   rstd = 1 / sqrt(mean_k(s^2) + eps),  y = (s * rstd) * gain            [M], [M, K] in x's type
 //
-// grad_x: one block a row, which is read twice, the second time from L1 or L2. grad_gain: a thread owns a
-// column inside a block of at most 256 rows; the sums of several row blocks are added in order by a second
-// launch. No atomics: equal inputs give equal bits. Bound by memory.
-#include "cuda/common/dispatch.cuh"
-#include "cuda/common/reduce.cuh"
-#include "cuda/common/vec.cuh"
+// The mean square is computed in fp64 and rounded once, in rstd, as in common/quantize_row.cuh. A row lives
+// in registers between the two passes. Bound by memory, 2 values an element (4 with delta); for few rows by
+// latency.
+#include "cuda/common/launch.cuh"
+#include "cuda/common/row_chunk.cuh"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/rms_norm.h"
 
 namespace bitnet_ext::cuda {
 namespace {
 
-constexpr int kRowThreads = 256;
-constexpr int kVec = 4;  // elements a thread loads at once: 16 bytes of fp32, 8 of the 16-bit types
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
+    rms_norm_kernel(const __grid_constant__ RmsNormArgs args, double inverse_K) {
+  constexpr int kSlots = Shape::kSlots, kT = Shape::kThreadsPerRow;
+  constexpr bool kWhole = Shape::kWhole;
+  using Raw = Chunk<kWhole, Shape::kWords>;
+  __shared__ double scratch[2 * (Shape::kThreads / 32)];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int64_t K = args.K, k0 = static_cast<int64_t>(threadIdx.x % kT) * kChunk;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * Shape::kRows + static_cast<int64_t>(threadIdx.x) / kT;
+  const bool live = row < args.M;
+  const bool has_delta = args.delta.base != nullptr;
 
-template <typename grad_t, typename scalar_t>
-__global__ void __launch_bounds__(kRowThreads) rms_norm_grad_x_kernel(const grad_t* __restrict__ grad_y,
-                                                                      const scalar_t* __restrict__ x,
-                                                                      const float* __restrict__ gain,
-                                                                      const float* __restrict__ rstd,
-                                                                      int64_t K,
-                                                                      scalar_t* __restrict__ grad_x) {
-  __shared__ double scratch[kRowThreads / 32];
-  const int64_t row = blockIdx.x;
-  const grad_t* grad_row = grad_y + row * K;
-  const scalar_t* x_row = x + row * K;
-  scalar_t* out_row = grad_x + row * K;
-  const float row_rstd = rstd[row];
-  const bool grad_aligned = is_aligned(grad_row, kVec * sizeof(grad_t));
-  const bool x_aligned = is_aligned(x_row, kVec * sizeof(scalar_t));
-  const bool out_aligned = is_aligned(out_row, kVec * sizeof(scalar_t));
-  const bool gain_aligned = is_aligned(gain, 16);
-
-  const auto load = [&](int64_t k, float(&g)[kVec], float(&xhat)[kVec]) {
-    load_floats(grad_row + k, K - k, grad_aligned, g);
-    load_floats(x_row + k, K - k, x_aligned, xhat);
-    float gains[kVec];
-    if (gain != nullptr) load_floats(gain + k, K - k, gain_aligned, gains);
+  Raw x[kSlots] = {}, delta[kSlots] = {};
+  const auto load_slot = [&](int64_t k, Raw& x_chunk, Raw& delta_chunk) {
+    x_chunk.load(args.x, row, k, K);
+    if (has_delta) delta_chunk.load(args.delta, row, k, K);
+  };
+  const auto value = [&](const Raw& x_chunk, const Raw& delta_chunk, float(&v)[kChunk]) {
+    x_chunk.unpack(args.x.dtype, v);
+    if (!has_delta) return;
+    float d[kChunk];
+    delta_chunk.unpack(args.delta.dtype, d);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      if (gain != nullptr) g[i] *= gains[i];
-      xhat[i] *= row_rstd;
+    for (int i = 0; i < kChunk; ++i) v[i] = __fadd_rn(v[i], d[i]);
+    round_to(args.x.dtype, v);
+  };
+  double even = 0.0, odd = 0.0;
+  const auto add_slot = [&](int64_t k, const Raw& x_chunk, const Raw& delta_chunk) {
+    float v[kChunk];
+    value(x_chunk, delta_chunk, v);
+    if (has_delta) store_chunk<kWhole>(args.sum, row, k, K, v);
+#pragma unroll
+    for (int i = 0; i < kChunk; i += 2) {
+      even = fma(static_cast<double>(v[i]), static_cast<double>(v[i]), even);
+      odd = fma(static_cast<double>(v[i + 1]), static_cast<double>(v[i + 1]), odd);
     }
   };
-
-  float dot = 0.0f;
-  for (int64_t k = static_cast<int64_t>(threadIdx.x) * kVec; k < K; k += kRowThreads * kVec) {
-    float g[kVec], xhat[kVec];
-    load(k, g, xhat);
+  if (live) {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) dot += g[i] * xhat[i];
-  }
-  const double total = block_sum<kRowThreads>(static_cast<double>(dot), scratch);
-  const float mean = static_cast<float>(total / static_cast<double>(K));
-
-  for (int64_t k = static_cast<int64_t>(threadIdx.x) * kVec; k < K; k += kRowThreads * kVec) {
-    float g[kVec], xhat[kVec];
-    load(k, g, xhat);
+    for (int s = 0; s < kSlots; ++s) {
+      const int64_t k = k0 + s * Shape::kStep;
+      if (k < K) load_slot(k, x[s], delta[s]);
+    }
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) g[i] = row_rstd * (g[i] - xhat[i] * mean);
-    store_floats(out_row + k, K - k, out_aligned, g);
-  }
-}
-
-constexpr int kGainColumns = 32;
-constexpr int kGainLanes = 8;  // rows a block reads at once
-
-template <typename grad_t, typename scalar_t>
-__global__ void __launch_bounds__(kGainColumns* kGainLanes)
-    rms_norm_grad_gain_kernel(const grad_t* __restrict__ grad_y,
-                              const scalar_t* __restrict__ x,
-                              const float* __restrict__ rstd,
-                              int64_t M,
-                              int64_t K,
-                              int64_t rows_per_block,
-                              uint32_t column_blocks,
-                              float* __restrict__ sums) {  // [row blocks, K]
-  __shared__ float lanes[kGainLanes][kGainColumns];
-  const int column = threadIdx.x % kGainColumns, lane = threadIdx.x / kGainColumns;
-  const int64_t k = static_cast<int64_t>(blockIdx.x % column_blocks) * kGainColumns + column;
-  const int64_t row_block = blockIdx.x / column_blocks;
-  const int64_t begin = row_block * rows_per_block;
-  const int64_t end = min(begin + rows_per_block, M);
-
-  float sum = 0.0f;
-  if (k < K) {
-#pragma unroll 4
-    for (int64_t row = begin + lane; row < end; row += kGainLanes) {
-      sum += to_float(grad_y[row * K + k]) * (to_float(x[row * K + k]) * rstd[row]);
+    for (int s = 0; s < kSlots; ++s) {
+      const int64_t k = k0 + s * Shape::kStep;
+      if (k < K) add_slot(k, x[s], delta[s]);
+      x[s].forget_unpacked();
+      delta[s].forget_unpacked();
+    }
+    if constexpr (Shape::kLoops) {
+      for (int64_t k = k0 + kSlots * Shape::kStep; k < K; k += Shape::kStep) {
+        Raw x_chunk, delta_chunk;
+        load_slot(k, x_chunk, delta_chunk);
+        add_slot(k, x_chunk, delta_chunk);
+      }
     }
   }
-  lanes[lane][column] = sum;
-  __syncthreads();
-  if (lane == 0 && k < K) {
+  const double total = chunk_row_sum<Shape>(even + odd, scratch, 0);
+  if (!live) return;
+  const float rstd = static_cast<float>(rsqrt(fma(total, inverse_K, args.eps)));
+  if (k0 == 0) args.rstd[row] = rstd;
+  const auto finish_slot = [&](int64_t k, const Raw& x_chunk, const Raw& delta_chunk) {
+    float v[kChunk];
+    value(x_chunk, delta_chunk, v);
 #pragma unroll
-    for (int i = 1; i < kGainLanes; ++i) sum += lanes[i][column];
-    sums[row_block * K + k] = sum;
+    for (int i = 0; i < kChunk; ++i) v[i] = __fmul_rn(v[i], rstd);
+    if (args.gain != nullptr) {
+      float gains[kChunk];
+      load_vector<kWhole>(args.gain, k, K, gains);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) v[i] = __fmul_rn(v[i], gains[i]);
+    }
+    store_chunk<kWhole>(args.y, row, k, K, v);
+  };
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) {
+    const int64_t k = k0 + s * Shape::kStep;
+    if (k < K) finish_slot(k, x[s], delta[s]);
   }
-}
-
-__global__ void __launch_bounds__(kRowThreads) add_row_blocks_kernel(const float* __restrict__ partials,
-                                                                     int64_t row_blocks,
-                                                                     int64_t K,
-                                                                     float* __restrict__ grad_gain) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-  if (k >= K) return;
-  double sum = 0.0;
-  for (int64_t i = 0; i < row_blocks; ++i) sum += static_cast<double>(partials[i * K + k]);
-  grad_gain[k] = static_cast<float>(sum);
-}
-
-template <typename grad_t, typename scalar_t>
-cudaError_t launch(const RmsNormBackwardArgs& args, cudaStream_t stream) {
-  const grad_t* grad_y = static_cast<const grad_t*>(args.grad_y);
-  const scalar_t* x = static_cast<const scalar_t*>(args.x);
-  if (args.M > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (args.M > 0) {
-    rms_norm_grad_x_kernel<grad_t, scalar_t><<<static_cast<unsigned>(args.M), kRowThreads, 0, stream>>>(
-        grad_y, x, args.gain, args.rstd, args.K, static_cast<scalar_t*>(args.grad_x));
-    const cudaError_t status = cudaGetLastError();
-    if (status != cudaSuccess) return status;
+  if constexpr (Shape::kLoops) {
+    for (int64_t k = k0 + kSlots * Shape::kStep; k < K; k += Shape::kStep) {
+      Raw x_chunk, delta_chunk;
+      load_slot(k, x_chunk, delta_chunk);
+      finish_slot(k, x_chunk, delta_chunk);
+    }
   }
-  if (args.grad_gain == nullptr) return cudaSuccess;
-
-  // M = 0 still launches: the sum over no rows is 0.
-  const int64_t row_blocks = gain_row_blocks(args.M);
-  const int64_t rows_per_block = ceil_div(args.M, row_blocks);
-  const int64_t column_blocks = ceil_div(args.K, kGainColumns);
-  if (row_blocks * column_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  rms_norm_grad_gain_kernel<grad_t, scalar_t>
-      <<<static_cast<unsigned>(row_blocks * column_blocks), kGainColumns * kGainLanes, 0, stream>>>(
-          grad_y,
-          x,
-          args.rstd,
-          args.M,
-          args.K,
-          rows_per_block,
-          static_cast<uint32_t>(column_blocks),
-          row_blocks == 1 ? args.grad_gain : args.partials);
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess || row_blocks == 1) return status;
-  add_row_blocks_kernel<<<static_cast<unsigned>(ceil_div(args.K, kRowThreads)), kRowThreads, 0, stream>>>(
-      args.partials, row_blocks, args.K, args.grad_gain);
-  return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_rms_norm_backward(const RmsNormBackwardArgs& args, cudaStream_t stream) {
-  return dispatch_dtype(args.grad_dtype, [&](auto grad_tag) {
-    return dispatch_dtype(args.x_dtype, [&](auto x_tag) {
-      return launch<typename decltype(grad_tag)::type, typename decltype(x_tag)::type>(args, stream);
-    });
+cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
+  if (args.M == 0) return cudaSuccess;
+  bool whole = reinterpret_cast<uintptr_t>(args.gain) % 16 == 0;
+  for (const TypedRows* rows : {&args.x, &args.delta, &args.sum, &args.y}) {
+    whole &= chunks_aligned(*rows, args.K);
+  }
+  // Rows longer than 8,192 are read again: the shape for longer ones of 16 bits would spill here.
+  return dispatch_chunk_shape<false>(args.K, whole, false, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int64_t blocks = ceil_div(args.M, Shape::kRows);
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    return launch_kernel(rms_norm_kernel<Shape>,
+                         dim3(static_cast<unsigned>(blocks)),
+                         dim3(Shape::kThreads),
+                         0,
+                         stream,
+                         args.dependent_launch,
+                         args,
+                         1.0 / static_cast<double>(args.K));
   });
 }
 

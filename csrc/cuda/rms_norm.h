@@ -1,33 +1,33 @@
-// Backward of the RMS norm y = (x * rstd) * gain.
+// The RMS norm y = (s * rstd) * gain, of s = x or x + delta, and its backward.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
-#include "cuda/common/dtype.h"
+#include "cuda/norm_backward.h"
 
 namespace bitnet_ext::cuda {
 
-struct RmsNormBackwardArgs {
-  const void* grad_y;  // [M, K] of `grad_dtype`
-  DType grad_dtype;
-  const void* x;  // [M, K] of `x_dtype`
-  DType x_dtype;
+struct RmsNormArgs {
+  TypedRows x;        // [M, K]
+  TypedRows delta;    // [M, K], or absent
+  TypedRows sum;      // [M, K] of x's type; with delta
+  TypedRows y;        // [M, K] of x's type
   const float* gain;  // [K] or null
-  const float* rstd;  // [M]
+  double eps;
   int64_t M, K;
-  void* grad_x;      // [M, K] of `x_dtype`
-  float* partials;   // [gain_row_blocks(M), K], workspace; null when gain_row_blocks(M) is 1
-  float* grad_gain;  // [K]; null without a gain
+  float* rstd;  // [M]
+  bool dependent_launch;
 };
 
-// Blocks of rows whose sums are added in order at the end: a function of M only, so that the result does not
-// depend on the device.
-constexpr int64_t gain_row_blocks(int64_t M) {
-  constexpr int64_t kRowsPerBlock = 256;
-  return M <= kRowsPerBlock ? 1 : (M + kRowsPerBlock - 1) / kRowsPerBlock;
-}
+cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream);
+
+struct RmsNormBackwardArgs {
+  NormBackwardArgs norm;
+  TypedRows x;              // [M, K]
+  TypedRows grad_residual;  // [M, K], or absent
+  TypedRows grad_x;         // [M, K]
+  TypedRows grad_delta;     // [M, K], or absent
+};
 
 cudaError_t launch_rms_norm_backward(const RmsNormBackwardArgs& args, cudaStream_t stream);
 

@@ -1,12 +1,10 @@
-// One pass over each row of logits for everything the loss needs, and the gradient in place.
+// One pass over each row of logits for the statistics of its softmax.
 //
 //   lse = log sum_j exp(z_j),  mean = sum_j z_j / V,  expected = sum_j p_j z_j,  argmax        z [T, V]
-//   z_ij <- row_scale_i (p_ij (row_coef_i + entropy_weight (z_ij - lse_i) + diversity_weight log_marginal_j)
-//                        - target_weight [j = target_i] - uniform_weight),   p_ij = exp(z_ij - lse_i)
 //
-// Bound by memory: each logit is read once for the statistics, read and written once for the gradient. V of a
-// language model is odd (50,257), so rows start at any element: the elements before the first 16-byte
-// boundary and after the last one are handled one by one, the rest in 16-byte accesses.
+// Bound by memory: each logit is read once. V of a language model is odd (50,257), so rows start at any
+// element: the elements before the first 16-byte boundary and after the last one are handled one by one, the
+// rest in 16-byte accesses.
 //
 // The sums are online: a thread keeps m, the largest logit so far, s = sum exp(z - m) and
 // e = sum exp(z - m) (z - m); two such triples with m1 < m2 combine as
@@ -164,64 +162,6 @@ __global__ void __launch_bounds__(kThreads) softmax_stats_kernel(const scalar_t*
   target_logit[row] = y < 0 ? 0.0f : y < V ? to_float(z[y]) : __uint_as_float(0x7fffffffu);
 }
 
-constexpr int kGradThreads = 256;
-constexpr int kGradVectors = 4;  // a thread; enough 16-byte accesses in flight to hide their latency
-
-struct GradRow {
-  float scale, coef, lse;
-  int64_t target;
-};
-
-__device__ __forceinline__ float gradient(const SoftmaxGradArgs& args,
-                                          const GradRow& row,
-                                          float z,
-                                          int64_t j) {
-  const float shift = z - row.lse;
-  float coef = row.coef;
-  // Skipped at 0, so that a logit of -inf gives p = 0 and not 0 * inf.
-  if (args.entropy_weight != 0.0f) coef += args.entropy_weight * shift;
-  if (args.log_marginal != nullptr) coef += args.diversity_weight * args.log_marginal[j];
-  float result = expf(shift) * coef - args.uniform_weight;
-  if (j == row.target) result -= args.target_weight;
-  return row.scale * result;
-}
-
-template <typename scalar_t>
-__global__ void __launch_bounds__(kGradThreads)
-    softmax_grad_kernel(const __grid_constant__ SoftmaxGradArgs args, uint32_t chunks) {
-  using Split = RowSplit<scalar_t>;
-  constexpr int kVec = Split::kVec;
-  const int64_t i = blockIdx.x / chunks;
-  const uint32_t chunk = blockIdx.x % chunks;
-  scalar_t* z = static_cast<scalar_t*>(args.logits) + i * args.V;
-  const Split split(z, args.V);
-  const GradRow row{args.row_scale[i], args.row_coef[i], args.lse[i], args.target[i]};
-
-  if (chunk == 0) {
-    const int64_t tail = split.tail_begin + threadIdx.x;
-    if (threadIdx.x < split.head) {
-      z[threadIdx.x] = from_float<scalar_t>(gradient(args, row, to_float(z[threadIdx.x]), threadIdx.x));
-    }
-    if (tail < args.V) z[tail] = from_float<scalar_t>(gradient(args, row, to_float(z[tail]), tail));
-  }
-  const int64_t first = static_cast<int64_t>(chunk) * kGradThreads * kGradVectors + threadIdx.x;
-  float values[kGradVectors][kVec];
-#pragma unroll
-  for (int v = 0; v < kGradVectors; ++v) {
-    const int64_t vector = first + v * kGradThreads;
-    load_floats(z + split.head + vector * kVec, vector < split.vectors ? kVec : 0, true, values[v]);
-  }
-#pragma unroll
-  for (int v = 0; v < kGradVectors; ++v) {
-    const int64_t vector = first + v * kGradThreads;
-    if (vector >= split.vectors) break;
-    const int64_t j = split.head + vector * kVec;
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) values[v][e] = gradient(args, row, values[v][e], j + e);
-    store_floats(z + j, kVec, true, values[v]);
-  }
-}
-
 template <typename scalar_t, int kThreads>
 cudaError_t launch_stats(const SoftmaxStatsArgs& args, cudaStream_t stream) {
   softmax_stats_kernel<scalar_t, kThreads>
@@ -247,18 +187,6 @@ cudaError_t launch_softmax_stats(const SoftmaxStatsArgs& args, cudaStream_t stre
     using scalar_t = typename decltype(tag)::type;
     return args.V >= kLongRow ? launch_stats<scalar_t, 1024>(args, stream)
                               : launch_stats<scalar_t, 128>(args, stream);
-  });
-}
-
-cudaError_t launch_softmax_grad(const SoftmaxGradArgs& args, cudaStream_t stream) {
-  if (args.T == 0) return cudaSuccess;
-  return dispatch_dtype(args.dtype, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    const int64_t chunks = ceil_div(args.V, RowSplit<scalar_t>::kVec * kGradThreads * kGradVectors);
-    if (args.T * chunks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    softmax_grad_kernel<scalar_t><<<static_cast<unsigned>(args.T * chunks), kGradThreads, 0, stream>>>(
-        args, static_cast<uint32_t>(chunks));
-    return cudaGetLastError();
   });
 }
 

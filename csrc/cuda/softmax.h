@@ -1,4 +1,4 @@
-// Statistics and gradient of a softmax over the rows of [T, V] logits.
+// Statistics of a softmax over the rows of [T, V] logits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,19 +22,5 @@ struct SoftmaxStatsArgs {
 };
 
 cudaError_t launch_softmax_stats(const SoftmaxStatsArgs& args, cudaStream_t stream);
-
-struct SoftmaxGradArgs {
-  void* logits;  // [T, V] of `dtype`, overwritten
-  DType dtype;
-  const int64_t* target;      // [T]
-  const float* lse;           // [T]
-  const float* row_scale;     // [T]
-  const float* row_coef;      // [T]
-  const float* log_marginal;  // [V] or null
-  int64_t T, V;
-  float entropy_weight, diversity_weight, target_weight, uniform_weight;
-};
-
-cudaError_t launch_softmax_grad(const SoftmaxGradArgs& args, cudaStream_t stream);
 
 }  // namespace bitnet_ext::cuda

@@ -52,7 +52,18 @@ bool quantize_act(const T* x, int64_t rows, int64_t K, int8_t* x_i8, float* act_
   return finite;
 }
 
-// rstd = 1 / sqrt(mean(x^2) + eps), then quantize_act of x * rstd * gain.
+// 1 / sqrt(mean(x^2) + eps) of a row
+template <typename T>
+inline float rstd_of(const T* row, double eps, int64_t K) {
+  VecD squares = zero_double();
+  for (int64_t k = 0; k < K; k += 16) {
+    const VecF v = load_some(row + k, K - k);
+    squares = add_product(squares, v, v);
+  }
+  return static_cast<float>(1.0 / __builtin_sqrt(reduce_sum(squares) / static_cast<double>(K) + eps));
+}
+
+// rstd_of, then quantize_act of x * rstd * gain.
 template <bool kHasGain, typename T>
 bool rms_norm_quantize_rows(const T* x,
                             const float* gain,
@@ -65,12 +76,7 @@ bool rms_norm_quantize_rows(const T* x,
   bool finite = true;
   for (int64_t m = 0; m < rows; ++m) {
     const T* row = x + m * K;
-    VecD squares = zero_double();
-    for (int64_t k = 0; k < K; k += 16) {
-      const VecF v = load_some(row + k, K - k);
-      squares = add_product(squares, v, v);
-    }
-    rstd[m] = static_cast<float>(1.0 / __builtin_sqrt(reduce_sum(squares) / static_cast<double>(K) + eps));
+    rstd[m] = rstd_of(row, eps, K);
     const NormalizedRow<T, kHasGain> normalized{row, K, gain, splat(rstd[m])};
     finite &= quantize_row(normalized, x_i8 + m * K, act_scale + m);
   }

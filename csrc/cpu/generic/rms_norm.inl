@@ -1,3 +1,17 @@
+// y = (x * rstd) * gain, rounded to x's type.
+template <typename T>
+void rms_norm(const T* x, const float* gain, double eps, int64_t rows, int64_t K, T* y, float* rstd) {
+  for (int64_t m = 0; m < rows; ++m) {
+    const T* row = x + m * K;
+    rstd[m] = rstd_of(row, eps, K);
+    const VecF scale = splat(rstd[m]);
+    for (int64_t k = 0; k < K; k += 16) {
+      const VecF v = load_some(row + k, K - k) * scale;
+      store_some(y + m * K + k, gain ? v * load_some(gain + k, K - k) : v, K - k);
+    }
+  }
+}
+
 // Backward of y = x * rstd * gain. With g = grad_y * gain and xhat = x * rstd:
 //     grad_x = rstd * (g - xhat * mean_k(g * xhat)),   grad_gain += grad_y * xhat.
 // Bound by memory; the second pass over a row finds it in L1 or L2.

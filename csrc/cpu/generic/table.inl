@@ -97,6 +97,17 @@ constexpr Kernels kTable = {
        void* y) {
       with_type(dtype, [&](auto* t) { scale_row(acc, act_scale, weight_scale, bias, count, as(y, t)); });
     },
+    // --- RMSNorm ---
+    [](const void* x,
+       Dtype dtype,
+       const float* gain,
+       double eps,
+       int64_t rows,
+       int64_t K,
+       void* y,
+       float* rstd) {
+      with_type(dtype, [&](auto* t) { rms_norm(as(x, t), gain, eps, rows, K, as(y, t), rstd); });
+    },
     // --- RMSNorm backward ---
     [](const void* grad_y,
        Dtype grad_dtype,
@@ -129,9 +140,8 @@ constexpr Kernels kTable = {
        const SoftmaxStats& out) {
       with_type(dtype, [&](auto* t) { softmax_stats(as(logits, t), target, rows, V, out); });
     },
-    [](void* logits, Dtype dtype, int64_t rows, int64_t V, const SoftmaxGrad& in) {
-      with_type(dtype, [&](auto* t) { softmax_grad(as(logits, t), rows, V, in); });
-    },
+    cross_entropy_rows,
+    probability_sums,
 };
 
 }  // namespace

@@ -6,4 +6,8 @@ namespace bitnet_ext::cuda {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
+constexpr int element_bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
 }  // namespace bitnet_ext::cuda

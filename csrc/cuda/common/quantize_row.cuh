@@ -351,6 +351,8 @@ __device__ __forceinline__ void quantize_row(
     if constexpr (kSlots > 1) load_all_gains();
     const double sum = row_sum<kWarps>(even + odd, sum_scratch);
     rstd = static_cast<float>(rsqrt(fma(sum, norm.inverse_K, norm.eps)));
+    // At once: kept for the end it costs a register that some shapes do not have.
+    if (k == 0 && out.rstd != nullptr) out.rstd[row] = rstd;
   }
   float values[kSlots][kVec];
 #pragma unroll
@@ -403,7 +405,7 @@ __device__ __forceinline__ void quantize_row(
     const bool finite = max_bits < 0x7f800000u;
     const float nan = __uint_as_float(0x7fffffffu);
     out.act_scale[row] = finite ? __fdiv_rn(absmax, 127.0f) : nan;
-    if (norm.enabled && out.rstd != nullptr) out.rstd[row] = finite ? rstd : nan;
+    if (!finite && norm.enabled && out.rstd != nullptr) out.rstd[row] = nan;
   }
 }
 

@@ -74,6 +74,10 @@ template <>
 struct RawBits<4> {
   using type = uint32_t;
 };
+template <>
+struct RawBits<2> {
+  using type = uint16_t;
+};
 
 // out[i] = p[i] for i < min(valid, N), else 0. `aligned`: p is a multiple of min(16, N * sizeof(T)) bytes.
 template <int N, typename T>

@@ -209,6 +209,11 @@ void adam_step_(const std::vector<Tensor>& params,
       fail(context.op(), "a tensor of ", numel, " elements is too large for one launch");
     }
     if (table.count == AdamTable::kMaxTensors || end + added > INT32_MAX) flush();
+    const bool by_rows = static_cast<int64_t>(i) == row_param;
+    if (by_rows && numel > UINT32_MAX) {
+      fail(context.op(), "a tensor of ", numel, " elements is too large for a gradient by rows");
+    }
+    const bool whole_vectors = !by_rows || settings.row_width % 4 == 0;
     const auto bits = reinterpret_cast<uintptr_t>(p[i]) | reinterpret_cast<uintptr_t>(g[i]) |
                       reinterpret_cast<uintptr_t>(m[i]) | reinterpret_cast<uintptr_t>(v[i]);
     table.param[table.count] = p[i];
@@ -218,9 +223,9 @@ void adam_step_(const std::vector<Tensor>& params,
     table.numel[table.count] = numel;
     table.run[table.count] = static_cast<uint32_t>(adam_run(numel, wants_sums));
     table.first_sum[table.count] = sums;
-    table.flags[table.count] =
-        static_cast<uint8_t>((bits % 16 == 0 ? AdamTable::kAligned : 0) | (decay[i] ? AdamTable::kDecay : 0) |
-                             (wants_sums ? AdamTable::kTernary : 0));
+    table.flags[table.count] = static_cast<uint8_t>(
+        (bits % 16 == 0 && whole_vectors ? AdamTable::kAligned : 0) | (decay[i] ? AdamTable::kDecay : 0) |
+        (wants_sums ? AdamTable::kTernary : 0) | (by_rows ? AdamTable::kRows : 0));
     table.block_end[table.count++] = end += static_cast<uint32_t>(added);
     if (wants_sums) sums += static_cast<uint32_t>(added);
   }

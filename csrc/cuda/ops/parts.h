@@ -15,13 +15,16 @@ inline std::vector<int64_t> with_last(std::vector<int64_t> leading, int64_t size
   return leading;
 }
 
-// (x_i8, act_scale, rstd); rstd is an empty [0] tensor without the norm.
+// (x_i8, act_scale, rstd); rstd is an empty [0] tensor without the norm. With `delta`, of the shape of x and
+// checked, the rows are those of x + delta, which is written to `sum`.
 std::tuple<Tensor, Tensor, Tensor> quantize_rows(const LaunchContext& context,
                                                  const Tensor& x,
                                                  bool normalize,
                                                  const char* gain_arg,
                                                  const std::optional<Tensor>& gain,
-                                                 double eps);
+                                                 double eps,
+                                                 const Tensor* delta = nullptr,
+                                                 const Tensor* sum = nullptr);
 
 enum class WeightForm { kCodes, kPacked, kPrepacked };
 

@@ -18,7 +18,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const LaunchContext& context,
                                                  bool normalize,
                                                  const char* gain_arg,
                                                  const std::optional<Tensor>& gain,
-                                                 double eps) {
+                                                 double eps,
+                                                 const Tensor* delta,
+                                                 const Tensor* sum) {
   context.check_float_input("x", x);
   const Rows rows = check_rows(context.op(), "x", x);
   QuantizeActArgs args = {};
@@ -35,6 +37,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const LaunchContext& context,
   args.x_i8 = data<int8_t>(x_i8);
   args.act_scale = data<float>(act_scale);
   args.rstd = data<float>(rstd);
+  if (delta != nullptr) {
+    args.residual = delta->const_data_ptr();
+    args.residual_dtype = dtype_of(delta->scalar_type());
+    args.sum = sum->mutable_data_ptr();
+  }
   args.dependent_launch = context.dependent_launch();
   context.check(launch_quantize_act(args, context.stream()));
   return {x_i8, act_scale, rstd};

@@ -14,6 +14,13 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
+// The first `bytes` of 16, 0 to 16, and zeros behind them.
+__device__ __forceinline__ void cp_async_16_bytes(void* shared, const void* global, int bytes) {
+  const uint32_t destination = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(global), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -1,0 +1,45 @@
+// fp32 products of few tokens with a tall matrix, as an output layer needs them: csrc/cuda/skinny_mm.cu
+// (nt, tn) and skinny_nn.cu.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace bitnet_ext::cuda {
+
+constexpr int64_t kSkinnyMaxHidden = 256;  // H of one launch
+constexpr int64_t kSkinnyTokens = 128;     // a block's share of T
+
+// Sizes: T tokens, H a multiple of 8, at most kSkinnyMaxHidden; V anything. All pointers 16-byte aligned,
+// rows of hidden and weight contiguous. Rows of grad are `stride` apart, a multiple of 4, those of nt's out a
+// multiple of 32, all of whose columns are written.
+struct SkinnyArgs {
+  const float* hidden;  // [T, H]; nn: not read
+  const float* weight;  // [V, H]; tn: not read
+  const float* grad;    // [T, V], nn and tn
+  int64_t stride;       // of grad, or of out in nt
+  int T, H, V;
+  float* out;       // nt: [T, V]; nn: [T, H]; tn: [V, H]
+  float* partials;  // nn: [num_splits, T, H]
+  int num_splits;   // nn
+  bool accumulate;  // tn: add to out
+  bool dependent_launch;
+};
+
+// Shares of V that fill the device once.
+inline int skinny_nn_splits(const SkinnyArgs& args, int num_sms) {
+  const int tiles = ((args.H + 127) / 128) * static_cast<int>((args.T + kSkinnyTokens - 1) / kSkinnyTokens);
+  const int chunks = (args.V + 31) / 32;
+  const int splits = tiles == 0 || num_sms < tiles ? 1 : num_sms / tiles;
+  return splits < chunks ? splits : chunks;
+}
+
+// out = hidden * weight^T
+cudaError_t launch_skinny_nt(const SkinnyArgs& args, int num_sms, cudaStream_t stream);
+// out = grad * weight, by num_splits shares of V and their sum
+cudaError_t launch_skinny_nn(const SkinnyArgs& args, cudaStream_t stream);
+// out (+)= grad^T * hidden
+cudaError_t launch_skinny_tn(const SkinnyArgs& args, int num_sms, cudaStream_t stream);
+
+}  // namespace bitnet_ext::cuda
