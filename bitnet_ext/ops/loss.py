@@ -262,7 +262,7 @@ def _head(weight: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtype, stride:
 
 def _write_logits(hidden: Tensor, head: Tensor, buffer: Tensor) -> None:
     """buffer[:, :C] = hidden [T, H] x head [C, H]^T."""
-    if buffer.is_contiguous() and takes_skinny_mm(*hidden.shape, hidden, head, buffer):
+    if buffer.is_contiguous() and takes_skinny_mm("nt", *hidden.shape, hidden, head, buffer):
         _ops.skinny_mm_nt_(buffer, hidden, head)
         return
     torch.mm(hidden, head.t(), out=buffer[:, : head.shape[0]])
@@ -271,7 +271,7 @@ def _write_logits(hidden: Tensor, head: Tensor, buffer: Tensor) -> None:
 def _write_grad_hidden(grad: Tensor, head: Tensor, out: Tensor) -> None:
     """out [T, H] = grad[:, :C] x head."""
     columns = grad[:, : head.shape[0]]
-    if takes_skinny_mm(*out.shape, columns, head, out):
+    if takes_skinny_mm("nn", *out.shape, columns, head, out):
         _ops.skinny_mm_nn_(out, columns, head)
     else:
         torch.mm(columns, head, out=out)
@@ -282,7 +282,7 @@ def _add_grad_head(
 ) -> Tensor:
     """total + grad[:, :C]^T x hidden as [C, H] of `dtype`; total, if given, is of `dtype` and overwritten."""
     columns = grad[:, :rows].t()
-    if dtype == grad.dtype and takes_skinny_mm(*hidden.shape, grad[:, :rows], hidden):
+    if dtype == grad.dtype and takes_skinny_mm("tn", *hidden.shape, grad[:, :rows], hidden):
         out = torch.empty((rows, hidden.shape[1]), device=grad.device) if total is None else total
         _ops.skinny_mm_tn_(out, grad[:, :rows], hidden, total is not None)
         return out
