@@ -18,6 +18,7 @@ compared with float64, on a sample of rows, each with the exact straight-through
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,12 +98,11 @@ def variants(problem: Problem, skipped: dict[str, str]) -> dict[str, tuple[Forwa
         COMPILED: (autocast(torch.compile(fake, dynamic=False)), fake.weight),
     }
     try:
-        from torchao.prototype.quantized_training import bitnet_training
-        from torchao.quantization import quantize_
-
+        training = importlib.import_module("torchao.prototype.quantized_training")
+        quantization = importlib.import_module("torchao.quantization")
         theirs = nn.Sequential(problem.layer(nn.Linear))
-        quantize_(theirs, bitnet_training())
-        found[TORCHAO] = (theirs, theirs[0].weight)
+        quantization.quantize_(theirs, training.bitnet_training())
+        found[TORCHAO] = (theirs, next(theirs.parameters()))
     except (ImportError, RuntimeError) as error:
         skipped[TORCHAO] = f"{type(error).__name__}: {error}"
     return found

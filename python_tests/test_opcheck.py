@@ -24,6 +24,10 @@ CUDA_ONLY = {
     "short_attention_backward",
     "rotary_query_key",
     "rotary_query_key_backward",
+    "quantize_grad",
+    "transpose_prepacked",
+    "transpose_int8",
+    "int8_weight_grad",
 }
 
 
@@ -104,6 +108,24 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             make(2, M, K).bfloat16().requires_grad_(),
             gain.clone().requires_grad_(),
             1e-5,
+        ),
+        "quantize_grad": (
+            make(M, N),
+            act_scale[0],
+            two_scales,
+            [5, 7],
+            torch.tensor([1], device=device),
+            True,
+            True,
+        ),
+        "transpose_prepacked": (prepacked, N, K),
+        "transpose_int8": (x_i8[0], torch.arange(128, dtype=torch.int32, device=device) % M),
+        "int8_weight_grad": (
+            torch.zeros(N, 128, dtype=torch.int8, device=device),
+            torch.ones(K, 128, dtype=torch.int8, device=device),
+            torch.ones(N, device=device),
+            torch.ones(1, device=device),
+            torch.bfloat16,
         ),
         "rms_norm_backward": (make(2, M, K), x, gain, rstd, make(2, M, K), torch.bfloat16),
         "bit_linear_grad": (
