@@ -11,16 +11,15 @@
 // For 128 tokens and a layer of 768 x 256 the products are 0.3 us of the tensor cores; what counts is the way
 // to memory and back. So nothing is staged: a block has a tile of one of the gradients, its 8 warps take
 // steps of the contraction in turn and load their fragments straight into registers, several steps ahead, and
-// the tile's 8 sums meet in shared memory once, in the order of the warps. The order in which a step's 16
-// terms and a tile's rows and columns sit in the fragments is free, and chosen so that every lane reads
-// neighbours:
+// the tile's 8 sums meet in shared memory once, in the order of the warps; two blocks of a cluster may share
+// a tile of grad_x. The order in which a step's 16 terms and a tile's rows and columns sit in the fragments
+// is free, and chosen so that every lane reads neighbours:
 //
 //   grad_x, 16 x 64: a step is a row of prepacked blocks. A 32-bit word of the layout has 8 columns of the
 //     rows r and r + 8; lane (g, t) reads the words of r = 2 t and 2 t + 1, and grad_y at those 4 rows' n.
 //     The top two bits of a bf16 are a code times 2, so a permutation of bytes and a mask decode two.
-//   grad_weight, 32 x 32 or 32 x 64: lane (g, t) reads tokens 4 t .. 4 t + 3 of a step: 4 neighbours n of
-//   grad_y
-//     and 4 or 8 of x_i8, which become bf16 by two masks and a subtraction a pair.
+//   grad_weight, 32 x 32: lane (g, t) reads tokens 4 t .. 4 t + 3 of a step: 4 neighbours n of grad_y and 4
+//     of x_i8, which become bf16 by two masks and a subtraction a pair.
 #include <cuda_bf16.h>
 
 #include <type_traits>
