@@ -29,7 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_ext import ops
-from bitnet_ext.testing import environment, format_table, paired_ratio, time_interleaved, write_json
+from bitnet_ext.testing import (
+    environment,
+    format_table,
+    measure_ceiling,
+    paired_ratio,
+    time_interleaved,
+    write_json,
+)
 from bitnet_ext.testing.bench import Timing, device_name
 from bitnet_ext.testing.script import (
     library_variables,
@@ -245,6 +252,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     facts = environment(device, HERE)
+    ceiling = measure_ceiling(device, quick=args.quick)
     repeats = args.repeats or (2 if args.quick else 9)
     print(f"{device_name(facts)}, torch {torch.__version__}, latent weights {args.master}")
     rows = []
@@ -266,7 +274,16 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         "quick": args.quick,
         "variables": library_variables(),
     }
-    write_json(path, {"bench": "train_linear", "environment": facts, "settings": settings, "rows": rows})
+    write_json(
+        path,
+        {
+            "bench": "train_linear",
+            "environment": facts,
+            "settings": settings,
+            "ceiling": ceiling,
+            "rows": rows,
+        },
+    )
     print(f"written: {path}")
 
 

@@ -289,7 +289,7 @@ def check_peers(peers: dict[str, Any], expected: set[str]) -> None:
             assert peer["ratio"] > 0
 
 
-@pytest.mark.parametrize("script", ["decode", "prefill"])
+@pytest.mark.parametrize("script", ["decode", "prefill", "train_linear"])
 def test_without_a_gpu_one_sentence_says_so(script: str, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -568,3 +568,17 @@ def test_json_is_whole_or_absent(tmp_path: Path) -> None:
 
 def test_slug() -> None:
     assert bench_tools.slug("AMD EPYC 9B14 (96-core)") == "amd-epyc-9b14-96-core"
+
+
+# --- train_linear -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_train_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = run_quick("train_linear", tmp_path, device="cuda")["rows"]
+    assert {"nn.Linear bf16", "bitnet_ext exact", "bitnet_ext int8"} <= row["variants"].keys()
+    assert "bitnet_ext int8" in capsys.readouterr().out
+    for variant in row["variants"].values():
+        check_seconds(variant["step_seconds"])
+        assert variant["cosine_x"] > 0.995 and variant["cosine_weight"] > 0.995
+        assert 0 <= variant["held_bytes"] < variant["peak_bytes"]

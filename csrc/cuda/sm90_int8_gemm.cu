@@ -28,6 +28,14 @@
 #include "cuda/sm90_int8_gemm.h"
 #include "cuda/sm90_tile.cuh"
 
+// Architectures older than 9.0 know no clusters, and leave the kernel's body out and what it uses unused.
+#pragma nv_diag_suppress 177
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define BITNET_EXT_PAIR_OF_BLOCKS __cluster_dims__(1, 2, 1)
+#else
+#define BITNET_EXT_PAIR_OF_BLOCKS
+#endif
+
 namespace bitnet_ext::cuda {
 namespace {
 
@@ -151,7 +159,7 @@ __device__ __forceinline__ void store_tile(const Int8GemmParams& params,
   }
 }
 
-__global__ void __cluster_dims__(1, 2, 1) __launch_bounds__(Int8GemmTraits::kThreads, 1)
+__global__ void BITNET_EXT_PAIR_OF_BLOCKS __launch_bounds__(Int8GemmTraits::kThreads, 1)
     sm90_int8_gemm_kernel(const __grid_constant__ Int8GemmParams params,
                           const __grid_constant__ CUtensorMap a_map,
                           const __grid_constant__ CUtensorMap b_map,
