@@ -310,6 +310,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     name = "train_curve" if args.curve else "train_model"
     path = result_path(args.json, HERE, name, facts, args.quick)
     settings = {key: value for key, value in vars(args).items() if key != "json"}
+    settings["data"] = Path(args.data).name
     ceiling = measure_ceiling(device, quick=args.quick)
     write_json(
         path,

@@ -559,7 +559,7 @@ def test_errors_name_operator_and_argument() -> None:
     cases = [
         (lambda: raw.quantize_act_int8(x.t()), r"bitnet_ext.quantize_act_int8: x must be contiguous"),
         (lambda: raw.quantize_act_int8(x.double()), "x must be float32, bfloat16 or float16; got float64"),
-        (lambda: raw.quantize_weights([w, w.cpu()]), "must be on cuda:0"),
+        (lambda: raw.quantize_weights([normal(16, 20), w.cpu()]), r"weights\[1\] must be on cuda:0"),
         (lambda: bit_linear(x[:, :19].contiguous(), w), "K = 20"),
         (lambda: raw.rms_norm_quantize(x, w[0, :7].contiguous(), 1e-5), r"gain must have shape \[20\]"),
         (lambda: raw.unpack_ternary(torch.zeros(2, 4, dtype=torch.uint8).cuda(), 20), r"\[N, 5\] for K = 20"),

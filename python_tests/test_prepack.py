@@ -223,16 +223,15 @@ def test_invalid_values_on_the_gpu_count_as_one() -> None:
 @pytest.mark.parametrize("K", KS)
 @pytest.mark.parametrize("N", NS)
 def test_quantised_straight_into_blocks(N: int, K: int, dtype: torch.dtype) -> None:
-    """The fifth result of bit_linear is what quantising, packing and prepacking one after the other gives."""
+    """quantize_weights gives what quantising, packing and prepacking one after the other gives."""
     generator = torch.Generator(device="cuda").manual_seed(N + K)
     weight = (torch.randn(N, K, generator=generator, device="cuda") * 0.02).to(dtype)
-    x = torch.randn(2, K, generator=generator, device="cuda")
     packed, scale = ops.quantize_pack_weight(weight)
     expected = ops.prepack_ternary_ref(packed, K)
     for shift in (0, 1, 2):
         poison(expected)
-        result = raw.bit_linear(x, shifted(weight, shift), None, None, 1e-5, True, torch.float32)
-        assert torch.equal(result[4], expected) and torch.equal(result[5], scale)
+        codes, weight_scale = raw.quantize_weights([shifted(weight, shift)])
+        assert torch.equal(codes, expected) and torch.equal(weight_scale, scale.reshape(1))
 
 
 @pytest.mark.gpu
@@ -240,8 +239,9 @@ def test_more_blocks_than_one_wave() -> None:
     """Matrices that the grids walk over more than once, or in more than 65,535 rows of blocks."""
     weight = torch.randn(4096, 10112, device="cuda")  # 20,224 blocks of 16 x 128, five quarters of a wave
     packed, scale = ops.quantize_pack_weight(weight)
-    result = raw.bit_linear(weight[:1], weight, None, None, 1e-5, True, torch.float32)
-    assert torch.equal(result[4], ops.prepack_ternary(packed, 10112)) and torch.equal(result[5], scale)
+    codes, weight_scale = raw.quantize_weights([weight])
+    assert torch.equal(codes, ops.prepack_ternary(packed, 10112))
+    assert torch.equal(weight_scale, scale.reshape(1))
     N = 16 * 65535 + 21
     packed = ops.pack_ternary_ref(random_codes(N, 8, "cuda"))
     prepacked = ops.prepack_ternary(packed, 8)

@@ -59,7 +59,7 @@ def kernel(name: str, a: Tensor, b: Tensor) -> Tensor:
     operator = getattr(torch.ops.bitnet_ext, f"skinny_mm_{name}_")
     operator(out, a, b, *([False] if name == "tn" else []))
     if name == "nt":
-        assert not out[:, V:].any()
+        assert not out[a.isfinite().all(1), V:].any()  # beyond V stand zeros times hidden
         return out[:, :V]
     return out
 

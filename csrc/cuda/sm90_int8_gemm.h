@@ -48,7 +48,8 @@ constexpr Int8GemmPlan int8_gemm_whole_plan(int64_t rows, int64_t cols, int num_
 constexpr Int8GemmPlan int8_gemm_plan(int64_t rows, int64_t cols, int64_t depth, int num_sms) {
   const int64_t tiles = int8_gemm_tiles(rows, cols), slots = num_sms / 2, stages = (depth + 127) / 128;
   const Int8GemmPlan whole = int8_gemm_whole_plan(rows, cols, num_sms);
-  const int64_t parts = tiles > 0 ? slots / tiles : 0;
+  const int64_t room = tiles > 0 ? slots / tiles : 0;
+  const int64_t parts = room < stages ? room : stages;  // a cluster has one stage at least
   // An exchange of partial sums takes about 8 us, ten stages.
   if (parts < 2 || stages - stages / parts < 10) return whole;
   return {static_cast<int>(parts * tiles), tiles};
