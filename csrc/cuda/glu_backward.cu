@@ -32,6 +32,10 @@ struct GluPolicy {
     __device__ __forceinline__ void load_value(const Args& args, int64_t row, int64_t k) {
       load(args, row, k);
     }
+    __device__ __forceinline__ void forget_unpacked() {
+      gate.forget_unpacked();
+      up.forget_unpacked();
+    }
   };
 
   // act(gate), rounded as the forward rounds it, and up.

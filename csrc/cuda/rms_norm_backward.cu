@@ -28,6 +28,9 @@ struct RmsNormPolicy {
       load_value(args, row, k);
       if (args.grad_residual.base != nullptr) residual.load(args.grad_residual, row, k, args.norm.K);
     }
+    __device__ __forceinline__ void forget_unpacked() {
+      x.forget_unpacked();
+    }
   };
 
   template <typename Shape>
