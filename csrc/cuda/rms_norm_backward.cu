@@ -16,6 +16,7 @@ namespace {
 
 struct RmsNormPolicy {
   using Args = RmsNormBackwardArgs;
+  static constexpr bool kDivides = false;
 
   template <typename Shape>
   struct Raw {

@@ -339,7 +339,7 @@ cudaError_t launch_norm_backward(const typename Policy::Args& args,
   whole &= chunks_aligned(norm.grad_y, norm.K) && reinterpret_cast<uintptr_t>(norm.gain) % 16 == 0;
   narrow &= element_bytes(norm.grad_y.dtype) == 2;
   const int64_t gain_blocks = gain_row_blocks(norm.M);
-  if (gain_blocks > 1 && norm.normalize && whole && norm.K <= longest_many_row(narrow)) {
+  if (gain_blocks > 1 && norm.normalize && whole && norm.K <= longest_many_row<Policy>(narrow)) {
     int64_t row_blocks = 0;
     const cudaError_t status =
         launch_norm_backward_many<Policy>(args, narrow, gain_blocks, &row_blocks, stream);

@@ -101,8 +101,9 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks) norm_ba
 }
 
 // Rows of up to this many values take the kernel above. Longer ones leave a multiprocessor one block of it.
+template <typename Policy>
 constexpr int64_t longest_many_row(bool narrow) {
-  return narrow ? 8192 : 2560;
+  return !narrow ? 2560 : Policy::kDivides ? 4096 : 8192;
 }
 
 // `narrow`: all tensors are of 16 bits. At most max_blocks parts of grad_gain; returns their number.
@@ -128,12 +129,14 @@ cudaError_t launch_norm_backward_many(const typename Policy::Args& args,
                          1.0f / static_cast<float>(norm.K),
                          norm.grad_gain != nullptr ? norm.partials : nullptr);
   };
+  // A division wants more registers than the others' blocks leave.
+  constexpr bool kDivides = Policy::kDivides;
   if (narrow) {
-    if (norm.K <= 2048) return launch(ManyRowsShape<256, 3, 2, 4>{}, 512);
-    if (norm.K <= 4096) return launch(ManyRowsShape<512, 2, 1, 4>{}, 264);
-    return launch(ManyRowsShape<1024, 1, 1, 4>{}, 132);
+    if (norm.K <= 2048) return launch(ManyRowsShape < 256, kDivides ? 2 : 3, 2, 4 > {}, 512);
+    if (kDivides || norm.K <= 4096) return launch(ManyRowsShape < 512, kDivides ? 1 : 2, 1, 4 > {}, 264);
+    if constexpr (!kDivides) return launch(ManyRowsShape<1024, 1, 1, 4>{}, 132);
   }
-  if (norm.K <= 2048) return launch(ManyRowsShape<256, 3, 1, 8>{}, 512);
+  if (norm.K <= 2048) return launch(ManyRowsShape < 256, kDivides ? 2 : 3, 1, 8 > {}, 512);
   return launch(ManyRowsShape<512, 1, 1, 8>{}, 264);
 }
 
