@@ -10,6 +10,8 @@
 // the forward; the results go to the halves of one [M, 2K]. Separate operators would move some 20 values an
 // element, this one moves 5: bound by memory, for few rows by latency. The skeleton is in
 // common/norm_backward.cuh.
+#include <type_traits>
+
 #include "cuda/common/activation.cuh"
 #include "cuda/common/norm_backward.cuh"
 #include "cuda/glu_backward.h"
@@ -20,6 +22,7 @@ namespace {
 template <typename Activation>
 struct GluPolicy {
   using Args = GluBackwardArgs;
+  static constexpr bool kDivides = std::is_same_v<Activation, Silu>;
 
   template <typename Shape>
   struct Raw {
@@ -31,6 +34,10 @@ struct GluPolicy {
     }
     __device__ __forceinline__ void load_value(const Args& args, int64_t row, int64_t k) {
       load(args, row, k);
+    }
+    __device__ __forceinline__ void forget_unpacked() {
+      gate.forget_unpacked();
+      up.forget_unpacked();
     }
   };
 

@@ -129,6 +129,51 @@ __global__ void __launch_bounds__(kThreads) dequantize_act_kernel(const int8_t* 
   store_scaled(out + row * K + unit * 4, valid, four, act_scale[row]);
 }
 
+// Eight values a row of four rows, whose loads are under way together: 32 bytes a thread in flight are what
+// this kernel, that reads a byte a value, can have. Values are made of bytes without the conversion unit:
+// byte b under the exponent of 2^23 is 2^23 + b.
+constexpr int kDequantizeRows = 4;
+// From here on; fewer values are spread over more threads.
+constexpr int64_t kManyValues = int64_t{1} << 21;
+
+__device__ __forceinline__ float float_of_biased(uint32_t biased, uint32_t selector) {
+  return __uint_as_float(__byte_perm(biased, 0x4b000000u, selector)) - 8388736.0f;
+}
+
+template <typename out_t>
+__global__ void __launch_bounds__(kThreads) dequantize_act_vectors_kernel(const int8_t* __restrict__ x_i8,
+                                                                          const float* __restrict__ act_scale,
+                                                                          RowTiling tiling,
+                                                                          int64_t M,
+                                                                          int64_t K,
+                                                                          out_t* __restrict__ out) {
+  const int64_t first = tiling.row(blockIdx.x), k = tiling.unit(blockIdx.x) * 8;
+  if (first >= tiling.rows || k >= K) return;
+  uint2 eight[kDequantizeRows];
+  float scale[kDequantizeRows];
+#pragma unroll
+  for (int i = 0; i < kDequantizeRows; ++i) {
+    const int64_t row = first + i * tiling.rows;
+    eight[i] = make_uint2(0, 0);
+    scale[i] = 0.0f;
+    if (row >= M) continue;
+    eight[i] = *reinterpret_cast<const uint2*>(x_i8 + row * K + k);
+    scale[i] = act_scale[row];
+  }
+#pragma unroll
+  for (int i = 0; i < kDequantizeRows; ++i) {
+    const int64_t row = first + i * tiling.rows;
+    if (row >= M) break;
+    float values[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t biased = (j < 4 ? eight[i].x : eight[i].y) ^ 0x80808080u;
+      values[j] = __fmul_rn(float_of_biased(biased, 0x7440u | static_cast<uint32_t>(j % 4)), scale[i]);
+    }
+    store_floats(out + row * K + k, 8, true, values);
+  }
+}
+
 bool can_use_words(const void* codes, const void* packed, int64_t K) {
   return K % 16 == 0 && reinterpret_cast<uintptr_t>(codes) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(packed) % 4 == 0;
@@ -188,10 +233,18 @@ cudaError_t launch_dequantize_act(const int8_t* x_i8,
                                   void* out,
                                   cudaStream_t stream) {
   if (M == 0) return cudaSuccess;
-  const RowTiling tiling = make_row_tiling(M, ceil_div(K, 4));
+  const bool vectors = K % 8 == 0 && reinterpret_cast<uintptr_t>(x_i8) % 8 == 0 &&
+                       reinterpret_cast<uintptr_t>(out) % 16 == 0 && M * K >= kManyValues;
+  const RowTiling tiling =
+      vectors ? make_row_tiling(ceil_div(M, kDequantizeRows), K / 8) : make_row_tiling(M, ceil_div(K, 4));
   if (tiling.num_tiles == 0) return cudaErrorInvalidConfiguration;
   return dispatch_dtype(dtype, [&](auto tag) {
     using out_t = typename decltype(tag)::type;
+    if (vectors) {
+      dequantize_act_vectors_kernel<out_t><<<tiling.num_tiles, kThreads, 0, stream>>>(
+          x_i8, act_scale, tiling, M, K, static_cast<out_t*>(out));
+      return cudaGetLastError();
+    }
     dequantize_act_kernel<out_t>
         <<<tiling.num_tiles, kThreads, 0, stream>>>(x_i8, act_scale, tiling, K, static_cast<out_t*>(out));
     return cudaGetLastError();

@@ -16,6 +16,7 @@ namespace {
 
 struct RmsNormPolicy {
   using Args = RmsNormBackwardArgs;
+  static constexpr bool kDivides = false;
 
   template <typename Shape>
   struct Raw {
@@ -27,6 +28,9 @@ struct RmsNormPolicy {
     __device__ __forceinline__ void load(const Args& args, int64_t row, int64_t k) {
       load_value(args, row, k);
       if (args.grad_residual.base != nullptr) residual.load(args.grad_residual, row, k, args.norm.K);
+    }
+    __device__ __forceinline__ void forget_unpacked() {
+      x.forget_unpacked();
     }
   };
 

@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/common/norm_backward_many.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/row_chunk.cuh"
 #include "cuda/norm_backward.h"
@@ -312,6 +313,21 @@ static __global__ void __launch_bounds__(kGainColumns* kAddLanes)
   }
 }
 
+inline cudaError_t launch_add_row_blocks(const NormBackwardArgs& norm,
+                                         int64_t row_blocks,
+                                         cudaStream_t stream) {
+  return launch_kernel(add_row_blocks_kernel,
+                       dim3(static_cast<unsigned>(ceil_div(norm.K, kGainColumns))),
+                       dim3(kGainColumns * kAddLanes),
+                       0,
+                       stream,
+                       norm.dependent_launch,
+                       norm.partials,
+                       row_blocks,
+                       norm.K,
+                       norm.grad_gain);
+}
+
 // `whole`, `narrow`: of all tensors of the Policy.
 template <typename Policy>
 cudaError_t launch_norm_backward(const typename Policy::Args& args,
@@ -323,6 +339,12 @@ cudaError_t launch_norm_backward(const typename Policy::Args& args,
   whole &= chunks_aligned(norm.grad_y, norm.K) && reinterpret_cast<uintptr_t>(norm.gain) % 16 == 0;
   narrow &= element_bytes(norm.grad_y.dtype) == 2;
   const int64_t gain_blocks = gain_row_blocks(norm.M);
+  if (gain_blocks > 1 && norm.normalize && whole && norm.K <= longest_many_row<Policy>(narrow)) {
+    int64_t row_blocks = 0;
+    const cudaError_t status =
+        launch_norm_backward_many<Policy>(args, narrow, gain_blocks, &row_blocks, stream);
+    return status != cudaSuccess || !wants_gain ? status : launch_add_row_blocks(norm, row_blocks, stream);
+  }
   return dispatch_chunk_shape<true>(norm.K, whole, narrow, [&](auto shape) {
     using Shape = decltype(shape);
     NormBackwardPlan plan = {};
@@ -358,16 +380,7 @@ cudaError_t launch_norm_backward(const typename Policy::Args& args,
                                        args,
                                        plan);
     if (status != cudaSuccess || !wants_gain || gain_blocks == 1) return status;
-    return launch_kernel(add_row_blocks_kernel,
-                         dim3(static_cast<unsigned>(columns_wide)),
-                         dim3(kGainColumns * kAddLanes),
-                         0,
-                         stream,
-                         norm.dependent_launch,
-                         norm.partials,
-                         gain_blocks,
-                         norm.K,
-                         norm.grad_gain);
+    return launch_add_row_blocks(norm, gain_blocks, stream);
   });
 }
 

@@ -104,9 +104,16 @@ __device__ __forceinline__ void store_chunk(
 __device__ __forceinline__ void round_to(DType dtype, float (&v)[kChunk]) {
   if (dtype == DType::kFloat32) return;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    v[i] = dtype == DType::kBFloat16 ? to_float(from_float<__nv_bfloat16>(v[i]))
-                                     : to_float(from_float<__half>(v[i]));
+  for (int i = 0; i < kChunk; i += 2) {  // one conversion a pair
+    if (dtype == DType::kBFloat16) {
+      const uint32_t pair = pack_pair<__nv_bfloat16>(v[i], v[i + 1]);
+      v[i] = __uint_as_float(pair << 16);
+      v[i + 1] = __uint_as_float(pair & 0xffff0000u);
+    } else {
+      const float2 pair = __half22float2(__floats2half2_rn(v[i], v[i + 1]));
+      v[i] = pair.x;
+      v[i + 1] = pair.y;
+    }
   }
 }
 __device__ __forceinline__ float round_to(DType dtype, float v) {
