@@ -16,8 +16,6 @@
 //
 // Bound: memory, 2 + 2 bytes read and 1 + 1 written per value; the hash (9 instructions a value) just fits
 // beside it.
-#include <type_traits>
-
 #include "cuda/common/dispatch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
@@ -47,22 +45,12 @@ __device__ __forceinline__ float scale_of_column(const QuantizeGradArgs& args, i
 
 constexpr int kStatsCols = 512, kStatsRows = 64, kStatsLanes = kStatsCols / kVec;
 
-// Two NaN-propagating maxima of magnitudes; the sign of either argument does not count.
-__device__ __forceinline__ float larger_magnitude(float a, float b) {
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(fabsf(a)), "f"(fabsf(b)));
-  return larger;
-}
-
-// kAligned: N is a multiple of kVec and rows begin at multiples of 16 bytes.
-template <typename T, bool kAligned>
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    gradient_maxima_kernel(const QuantizeGradArgs args, uint32_t tiles_wide) {
+    gradient_maxima_kernel(const QuantizeGradArgs args, uint32_t tiles_wide, bool aligned) {
   constexpr int kGroups = kThreads / kStatsLanes, kRowsEach = kStatsRows / kGroups;
-  // Rows whose loads are under way together: with one the kernel took four times its memory's time.
-  constexpr int kAtOnce = sizeof(T) == 4 ? 2 : 4;
   __shared__ uint32_t row_max[kStatsRows], token_max[kStatsRows], column_max[kStatsCols];
-  __shared__ float act_scales[kStatsRows];
+  __shared__ __align__(16) float column_scale[kStatsCols];
   const T* grad = static_cast<const T*>(args.grad);
   const int64_t first_col = static_cast<int64_t>(blockIdx.x % tiles_wide) * kStatsCols;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / tiles_wide) * kStatsRows;
@@ -70,84 +58,53 @@ __global__ void __launch_bounds__(kThreads)
   const int group = static_cast<int>(threadIdx.x) / kStatsLanes;
   const int64_t col = first_col + lane * kVec;
   const bool columns = args.by_column != nullptr;
-  // Rows of this thread: group + r * kGroups, r < rows.
-  const int rows =
-      static_cast<int>(min(static_cast<int64_t>(kRowsEach),
-                           max(int64_t{0}, (args.M - first_row - group + kGroups - 1) / kGroups)));
-  const T* next = grad + (first_row + group) * args.N + col;
-  const int64_t step = kGroups * args.N, valid = args.N - col;
-  float g[kAtOnce][kVec];
-  const auto load = [&](int r) {
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if constexpr (kAligned) {
-        constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 16;
-        uint4 raw[kWords] = {};
-        if (r + i < rows && valid > 0) {
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) raw[w] = reinterpret_cast<const uint4*>(next + i * step)[w];
-        }
-        const T* elements = reinterpret_cast<const T*>(raw);
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) g[i][c] = to_float(elements[c]);
-      } else {
-        load_floats<kVec>(next + i * step, r + i < rows ? valid : 0, false, g[i]);
-      }
-    }
-    next += kAtOnce * step;
-  };
-  load(0);
-
-  for (int i = threadIdx.x; i < kStatsCols; i += kThreads) column_max[i] = 0;
-  if (threadIdx.x < kStatsRows) {
-    row_max[threadIdx.x] = token_max[threadIdx.x] = 0;
-    const int64_t row = first_row + threadIdx.x;
-    act_scales[threadIdx.x] = columns && row < args.M ? args.act_scale[row] : 0.0f;
+  for (int i = threadIdx.x; i < kStatsCols; i += kThreads) {
+    column_max[i] = 0;
+    column_scale[i] = scale_of_column(args, first_col + i);
   }
+  if (threadIdx.x < kStatsRows) row_max[threadIdx.x] = token_max[threadIdx.x] = 0;
+  __syncthreads();
+
   float scales[kVec];
   bool one_scale = true;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    scales[i] = scale_of_column(args, col + i);
+    scales[i] = column_scale[lane * kVec + i];
     one_scale &= scales[i] == scales[0];
   }
-  one_scale = __all_sync(kFullWarp, one_scale && scales[0] == __shfl_sync(kFullWarp, scales[0], 0));
-  __syncthreads();
-
-  float of_column[kVec] = {};
-  for (int r = 0; r < rows; r += kAtOnce) {  // the same in the whole warp
-    if (r > 0) load(r);
+  uint32_t of_column[kVec] = {};
+#pragma unroll 4
+  for (int r = 0; r < kRowsEach; ++r) {
+    const int in_tile = r * kGroups + group;
+    const int64_t row = first_row + in_tile;
+    if (row >= args.M) break;  // the whole warp
+    float g[kVec];
+    load_floats<kVec>(grad + row * args.N + col, args.N - col, aligned, g);
+    const float act_scale = columns ? args.act_scale[row] : 0.0f;
+    uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (r + i >= rows) break;
-      const int in_tile = (r + i) * kGroups + group;
-      const float act_scale = act_scales[in_tile];
-      float largest = g[i][0];
+    for (int i = 0; i < kVec; ++i) {
+      largest = max(largest, magnitude_bits(g[i]));
+      of_column[i] = max(of_column[i], magnitude_bits(g[i] * act_scale));
+    }
+    // Rounded products are in the order of their factors, so the largest of them is the largest's.
+    uint32_t of_token = magnitude_bits(__uint_as_float(largest) * act_scale);
+    uint32_t of_row = magnitude_bits(__uint_as_float(largest) * scales[0]);
+    if (!one_scale) {
+      of_row = 0;
 #pragma unroll
-      for (int c = 1; c < kVec; ++c) largest = larger_magnitude(largest, g[i][c]);
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) of_column[c] = larger_magnitude(of_column[c], g[i][c] * act_scale);
-      // Rounded products are in the order of their factors, so the largest of them is the largest's.
-      const uint32_t top = __reduce_max_sync(kFullWarp, magnitude_bits(largest));
-      uint32_t of_row = magnitude_bits(__uint_as_float(top) * scales[0]);
-      if (!one_scale) {
-        of_row = 0;
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) of_row = max(of_row, magnitude_bits(g[i][c] * scales[c]));
-        of_row = __reduce_max_sync(kFullWarp, of_row);
-      }
-      if (threadIdx.x % 32 == 0) {
-        atomicMax(row_max + in_tile, of_row);
-        atomicMax(token_max + in_tile, magnitude_bits(__uint_as_float(top) * act_scale));
-      }
+      for (int i = 0; i < kVec; ++i) of_row = max(of_row, magnitude_bits(g[i] * scales[i]));
+    }
+    of_row = __reduce_max_sync(kFullWarp, of_row);
+    of_token = __reduce_max_sync(kFullWarp, of_token);
+    if (threadIdx.x % 32 == 0) {
+      atomicMax(row_max + in_tile, of_row);
+      atomicMax(token_max + in_tile, of_token);
     }
   }
   if (columns) {
-    // Column c of lane l at c * kStatsLanes + l: neighbouring lanes in neighbouring banks.
 #pragma unroll
-    for (int c = 0; c < kVec; ++c) {
-      atomicMax(column_max + c * kStatsLanes + lane, magnitude_bits(of_column[c]));
-    }
+    for (int i = 0; i < kVec; ++i) atomicMax(column_max + lane * kVec + i, of_column[i]);
   }
   __syncthreads();
   if (threadIdx.x < kStatsRows && first_row + threadIdx.x < args.M) {
@@ -156,8 +113,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (columns) {
     for (int i = threadIdx.x; i < kStatsCols && first_col + i < args.N; i += kThreads) {
-      atomicMax(reinterpret_cast<uint32_t*>(args.column_max) + first_col + i,
-                column_max[i % kVec * kStatsLanes + i / kVec]);
+      atomicMax(reinterpret_cast<uint32_t*>(args.column_max) + first_col + i, column_max[i]);
     }
   }
 }
@@ -290,36 +246,9 @@ struct __align__(16) TokenFacts {
   float to_row, act_scale;
 };
 
-// kVec neighbours as they lie in memory: unpacked, the 4 tokens of a thread would take 32 registers.
-template <typename T, bool kAligned>
-struct RawValues {
-  static constexpr int kWords = kAligned ? kVec * static_cast<int>(sizeof(T)) / 16 : kVec / 4;
-  using element_t = std::conditional_t<kAligned, T, float>;
-  uint4 words[kWords];
-
-  __device__ __forceinline__ void load(const T* p, int64_t valid) {
-    if constexpr (kAligned) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        words[w] = valid > 0 ? reinterpret_cast<const uint4*>(p)[w] : make_uint4(0, 0, 0, 0);
-      }
-    } else {
-      float values[kVec];
-      load_floats<kVec>(p, valid, false, values);
-      memcpy(words, values, sizeof(words));
-    }
-  }
-  __device__ __forceinline__ void unpack(float (&out)[kVec]) const {
-    const auto* elements = reinterpret_cast<const element_t*>(words);
-#pragma unroll
-    for (int c = 0; c < kVec; ++c) out[c] = to_float(elements[c]);
-  }
-};
-
-// kAligned: N is a multiple of kVec and rows begin at multiples of 16 bytes.
-template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
-    quantize_grad_kernel(const QuantizeGradArgs args, uint32_t tiles_wide) {
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    quantize_grad_kernel(const QuantizeGradArgs args, uint32_t tiles_wide, bool aligned) {
   constexpr int kStride = kTileTokens / kTokensEach + 1;
   __shared__ uint32_t words[kTileCols * kStride];
   __shared__ TokenFacts facts[kTileTokens];
@@ -336,12 +265,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
   };
 
   int token[kTokensEach];
-  RawValues<T, kAligned> raw[kTokensEach];
+  float g[kTokensEach][kVec];
 #pragma unroll
   for (int i = 0; i < kTokensEach; ++i) token[i] = token_at(group * kTokensEach + i);
 #pragma unroll
   for (int i = 0; i < kTokensEach; ++i) {
-    raw[i].load(grad + token[i] * args.N + col, token[i] < 0 ? 0 : args.N - col);
+    load_floats<kVec>(
+        grad + token[i] * args.N + col, token[i] < 0 ? 0 : args.N - col, aligned && token[i] >= 0, g[i]);
   }
   // What belongs to a token or a column is found once a block, while those loads are under way.
   if (threadIdx.x < kTileTokens) {
@@ -383,14 +313,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
     const int64_t m = token[i];
     if (m < 0) continue;
     const TokenFacts mine = facts[group * kTokensEach + i];
-    float g[kVec];
-    raw[i].unpack(g);
     uint32_t of_row[kVec];
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
       const uint32_t bits = random_bits(mine.key, static_cast<uint32_t>(col) + c);
-      of_row[c] = round_at_random(g[c] * scales[c], mine.to_row, bits);
-      const uint32_t byte = round_at_random(g[c] * mine.act_scale, factors[c], bits << 16);
+      of_row[c] = round_at_random(g[i][c] * scales[c], mine.to_row, bits);
+      const uint32_t byte = round_at_random(g[i][c] * mine.act_scale, factors[c], bits << 16);
       constexpr uint32_t kPut[] = {0x3214, 0x3240, 0x3410, 0x4210};  // into byte i
       of_column[c] = __byte_perm(of_column[c], byte, kPut[i]);
     }
@@ -398,8 +326,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
     const uint2 eight = make_uint2(low_bytes(of_row[0], of_row[1], of_row[2], of_row[3]),
                                    low_bytes(of_row[4], of_row[5], of_row[6], of_row[7]));
     int8_t* target = args.by_row + m * args.N + col;
-    if constexpr (kAligned) {
-      if (col < args.N) *reinterpret_cast<uint2*>(target) = eight;
+    if (aligned && col < args.N) {
+      *reinterpret_cast<uint2*>(target) = eight;
     } else {
       const int8_t* bytes = reinterpret_cast<const int8_t*>(&eight);
 #pragma unroll
@@ -443,13 +371,13 @@ cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, cudaStream_t stre
     using T = typename decltype(tag)::type;
     // Whole vectors in every row, at multiples of 16 bytes
     const bool aligned = args.N % kVec == 0 && reinterpret_cast<uintptr_t>(args.grad) % 16 == 0;
-    const auto maxima = aligned ? gradient_maxima_kernel<T, true> : gradient_maxima_kernel<T, false>;
-    maxima<<<static_cast<unsigned>(stats_wide * ceil_div(args.M, kStatsRows)), kThreads, 0, stream>>>(
-        args, static_cast<uint32_t>(stats_wide));
+    gradient_maxima_kernel<T>
+        <<<static_cast<unsigned>(stats_wide * ceil_div(args.M, kStatsRows)), kThreads, 0, stream>>>(
+            args, static_cast<uint32_t>(stats_wide), aligned);
     if (args.by_column != nullptr) order_tokens_kernel<<<1, kOrderThreads, 0, stream>>>(args);
-    const auto quantize = aligned ? quantize_grad_kernel<T, true> : quantize_grad_kernel<T, false>;
-    quantize<<<static_cast<unsigned>(tiles_wide * (width / kTileTokens)), kThreads, 0, stream>>>(
-        args, static_cast<uint32_t>(tiles_wide));
+    quantize_grad_kernel<T>
+        <<<static_cast<unsigned>(tiles_wide * (width / kTileTokens)), kThreads, 0, stream>>>(
+            args, static_cast<uint32_t>(tiles_wide), aligned);
     return cudaGetLastError();
   });
 }

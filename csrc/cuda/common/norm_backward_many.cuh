@@ -27,8 +27,17 @@ struct ManyRowsShape {
   static constexpr bool kWhole = true;
 };
 
+// Blocks a multiprocessor must hold. What fits three blocks' registers on sm_90 spills 12 bytes on sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <typename Shape>
+inline constexpr int kManyRowsBlocks = Shape::kMinBlocks > 2 ? 2 : Shape::kMinBlocks;
+#else
+template <typename Shape>
+inline constexpr int kManyRowsBlocks = Shape::kMinBlocks;
+#endif
+
 template <typename Policy, typename Shape>
-__global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks) norm_backward_many_kernel(
+__global__ void __launch_bounds__(Shape::kMaxThreads, kManyRowsBlocks<Shape>) norm_backward_many_kernel(
     const __grid_constant__ typename Policy::Args args, int rows_per_block, float inverse_K, float* parts) {
   constexpr int kAtOnce = Shape::kAtOnce, kMaxWarps = Shape::kMaxThreads / 32;
   __shared__ float scratch[2][kAtOnce][kMaxWarps];
