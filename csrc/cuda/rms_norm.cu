@@ -43,6 +43,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
     for (int i = 0; i < kChunk; ++i) v[i] = __fadd_rn(v[i], d[i]);
     round_to(args.x.dtype, v);
   };
+  // A row of one warp waits for its gains together with its values: few rows are bound by such trips.
+  constexpr bool kGainAhead = kT == 32 && kSlots == 1;
+  float gains_ahead[kChunk];
   double even = 0.0, odd = 0.0;
   const auto add_slot = [&](int64_t k, const Raw& x_chunk, const Raw& delta_chunk) {
     float v[kChunk];
@@ -59,6 +62,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
     for (int s = 0; s < kSlots; ++s) {
       const int64_t k = k0 + s * Shape::kStep;
       if (k < K) load_slot(k, x[s], delta[s]);
+    }
+    if constexpr (kGainAhead) {
+      if (args.gain != nullptr && k0 < K) load_vector<kWhole>(args.gain, k0, K, gains_ahead);
     }
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
@@ -86,9 +92,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
     for (int i = 0; i < kChunk; ++i) v[i] = __fmul_rn(v[i], rstd);
     if (args.gain != nullptr) {
       float gains[kChunk];
-      load_vector<kWhole>(args.gain, k, K, gains);
+      if constexpr (!kGainAhead) load_vector<kWhole>(args.gain, k, K, gains);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[i] = __fmul_rn(v[i], gains[i]);
+      for (int i = 0; i < kChunk; ++i) v[i] = __fmul_rn(v[i], kGainAhead ? gains_ahead[i] : gains[i]);
     }
     store_chunk<kWhole>(args.y, row, k, K, v);
   };

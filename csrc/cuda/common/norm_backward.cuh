@@ -59,12 +59,15 @@ __device__ __forceinline__ void norm_backward_rows(const typename Policy::Args& 
     __syncthreads();
   }
 
+  // A thread with one chunk keeps its gains: they are under way with the row, not a trip to L2 behind it.
+  constexpr bool kKeepsGain = kSlots == 1 && kWhole && !Shape::kLoops;
+  float kept_gains[kChunk];
   const auto scale = [&](int64_t k, float(&v)[kChunk]) {  // by the gain
     if (norm.gain == nullptr) return;
     float gains[kChunk];
-    load_vector<kWhole>(norm.gain, k, K, gains);
+    if constexpr (!kKeepsGain) load_vector<kWhole>(norm.gain, k, K, gains);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) v[i] *= gains[i];
+    for (int i = 0; i < kChunk; ++i) v[i] *= kKeepsGain ? kept_gains[i] : gains[i];
   };
 
   const auto load_row = [&](int64_t row, Raw(&raw)[kSlots], GradChunk(&grad)[kSlots], float& rstd) {
@@ -84,6 +87,9 @@ __device__ __forceinline__ void norm_backward_rows(const typename Policy::Args& 
   GradChunk next_grad[kAhead ? kSlots : 1];
   float next_rstd = 0.0f;
   if constexpr (kAhead) load_row(begin + group, next_raw, next_grad, next_rstd);
+  if constexpr (kKeepsGain) {
+    if (norm.gain != nullptr && k0 < K) load_vector<kWhole>(norm.gain, k0, K, kept_gains);
+  }
 
   int turn = 0;
   for (int64_t first = begin; first < end; first += Shape::kRows, turn ^= 1) {

@@ -60,6 +60,7 @@ cudaError_t dispatch_row_shape(int64_t M, int64_t K, bool wide, Body&& body) {
     return K <= 32 * kValues ? body(RowShape<1, 32, kValues>{}) : body(RowShape<1, 256, kValues, true>{});
   }
   const int64_t num_vecs = K / kVec;
+  if (num_vecs <= 64 && M <= kFewRows) return body(RowShape<kVec, 32, 2>{});
   if (num_vecs <= 128) return body(RowShape<kVec, 32, 4>{});
   if (M <= kFewRows) {
     if (num_vecs <= 512) return body(RowShape<kVec, 512, 1>{});
@@ -315,8 +316,8 @@ __device__ __forceinline__ void quantize_row(
       if (slot * kStep < left) load_gains(norm.gain + k + slot * kStep, gains[slot]);
     }
   };
-  // One slot leaves registers for the gain from the start, and its latency then is that of the row.
-  if constexpr (kSlots == 1) load_all_gains();
+  // One or two slots leave registers for the gain from the start, and its latency then is that of the row.
+  if constexpr (kSlots <= 2) load_all_gains();
   Vec packed[kSlots];
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -348,7 +349,7 @@ __device__ __forceinline__ void quantize_row(
       source.pack(source.load(offset)).unpack(v);
       add_squares<Shape::kTwoWays>(v, even, odd);
     }
-    if constexpr (kSlots > 1) load_all_gains();
+    if constexpr (kSlots > 2) load_all_gains();
     const double sum = row_sum<kWarps>(even + odd, sum_scratch);
     rstd = static_cast<float>(rsqrt(fma(sum, norm.inverse_K, norm.eps)));
     // At once: kept for the end it costs a register that some shapes do not have.
