@@ -161,13 +161,15 @@ def test_no_step_of_a_block_after_the_bad_one_counts() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", [True, False])
-def test_runs_that_share_a_gpu_are_those_that_have_it_to_themselves(graph: bool) -> None:
-    alone, together = [runner("cuda", seed=s, cuda_graph=graph) for s in (0, 1)], []
-    expected = [step.run(0, rows) for step, rows in alone]
-    for seed in (0, 1):
-        together.append((*runner("cuda", seed=seed, cuda_graph=graph), torch.cuda.Stream()))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_runs_that_share_a_gpu_are_those_that_have_it_to_themselves(graph: bool, precision: str) -> None:
+    """Also with a library's products in the step, whose workspace must not be that of another run."""
+    settings = {"cuda_graph": graph, "precision": precision, "steps": 80, "schedule_steps": 80}
+    alone = [runner("cuda", seed=seed, **settings) for seed in (0, 1)]
+    together = [(*runner("cuda", seed=seed, **settings), torch.cuda.Stream()) for seed in (0, 1)]
     torch.cuda.synchronize()
-    for start in (0, 4):
+    for start in range(0, 80, 4):
+        expected = [step.run(start, rows) for step, rows in alone]
         for step, rows, stream_ in together:
             with torch.cuda.stream(stream_):
                 step.launch(start, rows)
@@ -175,10 +177,8 @@ def test_runs_that_share_a_gpu_are_those_that_have_it_to_themselves(graph: bool)
         for step, _, stream_ in together:
             with torch.cuda.stream(stream_):
                 records.append(step.finish())
-        if start == 0:
-            assert all(torch.equal(a, b) for a, b in zip(records, expected, strict=True))
-    for (a, rows), (b, *_) in zip(alone, together, strict=True):
-        a.run(4, rows)
+        assert all(torch.equal(a, b) for a, b in zip(records, expected, strict=True)), start
+    for (a, _), (b, *_) in zip(alone, together, strict=True):
         for p, q in zip(a.optimizer.named.values(), b.optimizer.named.values(), strict=True):
             assert torch.equal(p, q)
 

@@ -150,7 +150,8 @@ class TrainStep:
     def launch(self, start: int, rows: NDArray[np.int64]) -> None:
         """The first half of :meth:`run`: hands the steps to the device and does not wait for them.
 
-        Several runs share a GPU when each is launched on a stream of its own before the first one is finished.
+        Several runs, up to the 32 streams that torch hands out, share a GPU when each is launched on a stream of
+        its own before the first one is finished.
         """
         count = rows.shape[0]
         if self._wants_graph and self._graph is None:
@@ -238,7 +239,11 @@ class TrainStep:
         self._step += 1
 
     def _capture(self) -> None:
-        """Captures :meth:`_body`; the warm-up's effects on parameters and moments are undone."""
+        """Captures :meth:`_body`; the warm-up's effects on parameters and moments are undone.
+
+        Warm-up and capture are on one stream that is this run's own: cuBLAS has a workspace a stream, and two graphs
+        captured on torch's common capture stream wrote to the same one when they were replayed side by side.
+        """
         state = [p.detach() for p in self.optimizer.named.values()] + list(self.optimizer.state().values())
         saved = [value.clone() for value in state]
         stream = torch.cuda.Stream(self.device)
@@ -255,6 +260,6 @@ class TrainStep:
         self._position.zero_()
         self.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._body()
         self._graph = graph
