@@ -16,6 +16,12 @@ from bitnet_ext import ops
 from bitnet_ext.nn import BitLinear
 
 _TERNARY = "b1.58"
+#: The quantiser's lower bound of absmean (b1.58 paper, eq. 3): below it every code is 0.
+ABSMEAN_CLAMP = 1e-5
+#: |w| / absmean at which a code changes between 0 and 1.
+THRESHOLD = 0.5
+#: Distance from the threshold at which a weight counts as near it.
+NEAR = 0.05
 
 
 class PackedCodes(NamedTuple):
@@ -102,3 +108,40 @@ def flip_rate(before: Sequence[PackedCodes], after: Sequence[PackedCodes]) -> fl
         fields = _field_histogram(old.packed.to(new.packed.device) ^ new.packed)
         flipped += sum(fields[1:])  # a field of the exclusive or is 0 where the code is the same
     return flipped / sum(layer.numel for layer in after)
+
+
+@torch.no_grad()
+def threshold_statistics(model: nn.Module) -> dict[str, float | None]:
+    """Where the latent weights lie between the points at which their codes change.
+
+    With s = mean |w| of a tensor, the code of w is 0 below |w| / s = 0.5 and 1 above (-1 for negative w).
+
+    Returns:
+        absmean_mean, absmean_min: of s over the ternary tensors. absmean_clamped: share of the tensors with s at or
+            below the quantiser's clamp of 1e-5, under which all codes are 0. threshold_distance: mean of
+            ||w| / s - 0.5|; near_threshold: share of weights for which it is below 0.05, the ones that a small step
+            can flip (Nagel et al. 2022, arXiv:2203.11086, on oscillations). None when nothing is ternary.
+    """
+    weights = [
+        module.weight.detach().float().abs()
+        for module in model.modules()
+        if isinstance(module, BitLinear) and module.quantization == _TERNARY
+    ]
+    names = ("absmean_mean", "absmean_min", "absmean_clamped", "threshold_distance", "near_threshold")
+    if not weights:
+        return dict.fromkeys(names)
+    rows = []
+    for magnitude in weights:
+        scale = magnitude.mean()
+        distance = (magnitude / scale.clamp(min=ABSMEAN_CLAMP) - THRESHOLD).abs_()
+        rows.append(torch.stack([scale.double(), distance.double().sum(), (distance < NEAR).sum().double()]))
+    table = torch.stack(rows).tolist()
+    total = sum(magnitude.numel() for magnitude in weights)
+    scales = [row[0] for row in table]
+    return {
+        "absmean_mean": sum(scales) / len(scales),
+        "absmean_min": min(scales),
+        "absmean_clamped": sum(scale <= ABSMEAN_CLAMP for scale in scales) / len(scales),
+        "threshold_distance": sum(row[1] for row in table) / total,
+        "near_threshold": sum(row[2] for row in table) / total,
+    }
