@@ -15,13 +15,14 @@ from typing import Any
 
 from bitnet_ext.collapse.arms import ARMS, SHORT_SCHEDULE_STEPS, Arm
 
-#: Length of the runs of a block; with the report's learning rates 4,000 steps are a cumulative rate of 5.3.
-_STEPS = 4_000
+#: Lengths of runs: as far as the report looked (a cumulative learning rate of 5.3); until all parameters that decay
+#: alone have come to their end (4.0); and until the gains and most of the embedding have (3.4).
+_LONG, _STEPS, _SHORT = 4_000, 3_000, 2_500
 #: Steps of the standard run from whose checkpoints block D goes on: cumulative learning rates of about 0.25, 1.4, 5.3.
 RECOVERY_STARTS = (350, 1_100, 4_000)
-RECOVERY_STEPS = 1_500
+RECOVERY_STEPS = 1_000
 #: Arms of the contrasts that matter most, which are given more seeds.
-HEADLINE = ("standard-lr", "reduced-lr", "adamw", "no-decay", "fp-twin", "fp-twin-adamw")
+HEADLINE = ("standard-lr", "adamw", "no-decay", "fp-twin", "fp-twin-adamw")
 #: Seeds that a headline arm has beyond the others'.
 HEADLINE_EXTRA = 4
 
@@ -55,10 +56,10 @@ def _replication() -> Iterator[Arm]:
         "reduced-lr-long",
         "a third of the learning rate, on the standard run's schedule, until it has gone as far",
         lr=5e-4,
-        arm_steps=14_000,
+        arm_steps=13_000,
     )
-    yield dataclasses.replace(ARMS["label-smoothing"], steps=_STEPS)
-    yield dataclasses.replace(ARMS["grad-clip"], steps=_STEPS)
+    yield dataclasses.replace(ARMS["label-smoothing"], steps=_LONG)
+    yield dataclasses.replace(ARMS["grad-clip"], steps=_LONG)
     for second, name in ((0.05, "wd-to-0.05"), (0.0, "wd-to-0")):
         arm = _changed(
             "standard-lr",
@@ -74,7 +75,7 @@ def _replication() -> Iterator[Arm]:
 
 def _causes() -> Iterator[Arm]:
     for name in ("adamw", "no-decay", "fp-twin", "fp-twin-adamw"):
-        yield dataclasses.replace(ARMS[name], steps=_STEPS)
+        yield dataclasses.replace(ARMS[name], steps=_LONG)
     yield _changed("fp-twin", "fp-no-decay", "full precision without weight decay", weight_decay=0.0)
     for base, prefix, words in (("standard-lr", "", ""), ("fp-twin", "fp-", "full precision, ")):
         for level in ("0.01", "0.001", "0.0001"):
@@ -98,19 +99,19 @@ _PARTS = {
 def _tensors() -> Iterator[Arm]:
     for name, (only, _, words) in _PARTS.items():
         yield _changed(
-            "standard-lr", f"l2-only-{name}", f"coupled L2 on {words} only", decay_only=only, arm_steps=3_000
+            "standard-lr", f"l2-only-{name}", f"coupled L2 on {words} only", decay_only=only, arm_steps=_SHORT
         )
     for name, (_, others, words) in _PARTS.items():
         summary = f"coupled L2 on everything but {words}"
-        yield _changed("standard-lr", f"l2-not-{name}", summary, decay_only=others, arm_steps=3_000)
+        yield _changed("standard-lr", f"l2-not-{name}", summary, decay_only=others, arm_steps=_SHORT)
 
 
 def _details() -> Iterator[Arm]:
     yield _changed("adamw", "adamw-gains-free", "decoupled decay, not on gains", decay_norms=False)
     yield _changed(
-        "standard-lr", "beta2-0.999", "Adam's beta2 0.999 instead of 0.95", beta2=0.999, arm_steps=3_000
+        "standard-lr", "beta2-0.999", "Adam's beta2 0.999 instead of 0.95", beta2=0.999, arm_steps=_SHORT
     )
-    yield _changed("standard-lr", "eps-1e-5", "Adam's eps 1e-5 instead of 1e-8", eps=1e-5, arm_steps=3_000)
+    yield _changed("standard-lr", "eps-1e-5", "Adam's eps 1e-5 instead of 1e-8", eps=1e-5, arm_steps=_SHORT)
 
 
 def _solutions() -> Iterator[Arm]:
@@ -135,7 +136,9 @@ def _solutions() -> Iterator[Arm]:
         for name, key, levels, summary in remedies:
             for level in levels:
                 text = f"{words}, {summary.format(level)}"
-                arm = _changed(base, f"{name}-{level}-{suffix}", text, **{key: float(level)}, arm_steps=3_000)
+                arm = _changed(
+                    base, f"{name}-{level}-{suffix}", text, **{key: float(level)}, arm_steps=_SHORT
+                )
                 yield dataclasses.replace(arm, source="proposed")
 
 
@@ -171,7 +174,7 @@ def _widths() -> Iterator[Arm]:
             ("adamw", "adamw", "decoupled decay"),
         ):
             name, summary = f"width-{width}-{suffix}", f"{width} hidden units, {words}"
-            yield _changed(base, name, summary, arm_model=f"collapse-{width}", arm_steps=2_500)
+            yield _changed(base, name, summary, arm_model=f"collapse-{width}", arm_steps=_SHORT)
 
 
 def _books() -> Iterator[Arm]:
@@ -185,7 +188,7 @@ def _books() -> Iterator[Arm]:
         warmup_steps=100,
         first_step_at_peak=False,
         schedule_steps=None,
-        arm_steps=1_500,
+        arm_steps=1_000,
         arm_books=True,
     )
     for base, name, words in (

@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BLOCK",
         help=f"blocks of the factorial study instead of arms: {', '.join(BLOCKS)} (see --list-blocks)",
     )
+    parser.add_argument(
+        "--generation",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="measure generated text at the end of each run (default: on a GPU)",
+    )
     parser.add_argument("--books", metavar="NAME|PATH", help="the larger text that block F reads")
     parser.add_argument(
         "--scale",
@@ -74,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue the study in --out (default: the newest runs/collapse-*); --arms and --seeds may add to it",
     )
+    parser.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write table, figures and report at the end (default); `bitnet-ext collapse report DIR` does it later",
+    )
     parser.add_argument("--list-arms", action="store_true", help="print the arms and stop")
     parser.add_argument(
         "--list-blocks", action="store_true", help="print the blocks of the factorial study and stop"
@@ -98,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
             progress=ProgressBars(keep=places == 1),
             processes=args.processes,
             together=args.together,
+            report=args.report,
         )
     except TrainingInterrupted as stop:
         print(f"\n{stop}. Continue with --resume --out {out}", file=sys.stderr)
@@ -107,6 +120,9 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_USAGE
     except RuntimeError as error:
         return report_operator_error(error)
+    if not args.report:
+        print(out)
+        return 0
     print(comparison_table(read_study(out)).text())
     for name in ("summary.csv", "table.md", "figures"):
         print(out / name)
@@ -176,6 +192,7 @@ def _config(args: argparse.Namespace, out: Path) -> StudyConfig:
         "blocks": None if args.blocks is None else tuple(args.blocks),
         "scale": args.scale,
         "books": args.books,
+        "generation": args.generation,
     }
     if args.blocks is not None and args.arms is None and not base.blocks:
         given["arms"] = ()  # blocks instead of the arms that run when nothing is said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitnet_ext import metrics
+from bitnet_ext.inference import generate
+from bitnet_ext.metrics.generation import NEW_TOKENS
 from bitnet_ext.models import BitNetForCausalLM
 from bitnet_ext.training import EvaluatedStep
 from bitnet_ext.training.optimizer import parameter_group
@@ -18,6 +21,8 @@ from bitnet_ext.training.optimizer import parameter_group
 PROMPT_SEED = 20
 #: Random prompts of the expected count; the first 20 are the report's.
 PROMPTS = 256
+#: Probability of the nucleus that continuations are sampled from.
+NUCLEUS = 0.95
 #: Names of the groups of parameters in the measurements of the decay.
 _GROUPS = {
     "gains": "gains",
@@ -38,6 +43,8 @@ class CollapseEvaluator:
         max_tokens: predictions per evaluation.
         device: of the model.
         seen: bool [V], which ids the training text has; None for all.
+        generation: whether the last evaluation also measures generated text, which takes seconds on a GPU and half a
+            minute on a CPU.
     """
 
     def __init__(
@@ -49,7 +56,9 @@ class CollapseEvaluator:
         max_tokens: int,
         device: torch.device,
         seen: NDArray[np.bool_] | None = None,
+        generation: bool = False,
     ) -> None:
+        self.generation = generation
         self.heldout = heldout
         self.seq_len = seq_len
         self.max_tokens = max_tokens
@@ -86,6 +95,18 @@ class CollapseEvaluator:
         result |= metrics.code_fractions(codes)
         result["flip_rate"] = metrics.flip_rate(self._codes, codes)
         result |= metrics.threshold_statistics(model)
+        if step.last and self.generation and math.isfinite(result["heldout_cross_entropy"]):
+            result |= self._generated(model)
+        return result
+
+    def _generated(self, model: BitNetForCausalLM) -> dict[str, Any]:
+        """Measures of continuations of held-out text, by the likeliest token and by nucleus sampling."""
+        result: dict[str, Any] = {}
+        prompts = metrics.heldout_prompts(self.heldout).to(self.device)
+        for name, temperature, top_p in (("greedy", 0.0, None), ("nucleus", 1.0, NUCLEUS)):
+            tokens = generate(model, prompts, NEW_TOKENS, temperature=temperature, top_p=top_p, seed=0)
+            measured = metrics.continuation_metrics(tokens[:, prompts.shape[1] :].cpu())
+            result |= {f"{name}_{key}": value for key, value in measured.items()}
         return result
 
     def _decay_terms(self, step: EvaluatedStep) -> dict[str, list[metrics.DecayTerms]]:

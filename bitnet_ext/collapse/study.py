@@ -37,7 +37,7 @@ CPU_STEPS = 400
 CPU_EVAL_TOKENS = 2048
 #: And on a GPU: every arm, as long as the report's runs.
 GPU_STEPS = 10_000
-GPU_EVAL_TOKENS = 16_384
+GPU_EVAL_TOKENS = 8_192
 
 
 class Silent:
@@ -64,6 +64,7 @@ class StudyConfig:
         blocks: keys of ``bitnet_ext.collapse.blocks.BLOCKS``.
         scale: shortens (or lengthens) every run of the blocks, as a share of its steps: to try a study out.
         books: corpus name or path of the second, larger text, which block F needs.
+        generation: whether text is generated and measured at the end of each run (half a minute a run on a CPU).
     """
 
     arms: tuple[str, ...]
@@ -76,6 +77,7 @@ class StudyConfig:
     blocks: tuple[str, ...] = ()
     scale: float = 1.0
     books: str | None = None
+    generation: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "seeds", "eval_tokens"):
@@ -143,6 +145,7 @@ class StudyConfig:
             data,
             self.eval_tokens,
             marks,
+            generation=self.generation,
             keep_model=not self.blocks,  # the hundreds of runs of the factorial study would fill a disk
         )
 
@@ -151,12 +154,12 @@ def default_config(device: torch.device) -> StudyConfig:
     """The comparison that runs when nothing is said."""
     if device.type == "cuda":
         return StudyConfig(arms=tuple(ARMS), steps=GPU_STEPS)
-    return StudyConfig(arms=CPU_ARMS, steps=CPU_STEPS, eval_tokens=CPU_EVAL_TOKENS)
+    return StudyConfig(arms=CPU_ARMS, steps=CPU_STEPS, eval_tokens=CPU_EVAL_TOKENS, generation=False)
 
 
 def log_spaced_steps(steps: int) -> tuple[int, ...]:
-    """1, 2, 5, 10, 20, 50, 100, 150, 200, 300, ... 1000, then every 250, from 5,000 on every 1,000, and the last."""
-    marks = [1, 2, 5, 10, 20, 50, 100, 150, *range(200, 1000, 100), *range(1000, 5000, 250)]
+    """1, 2, 5, 10, 20, 50, 100, 150, 200, 300, ... 1000, then every 500, from 5,000 on every 1,000, and the last."""
+    marks = [1, 2, 5, 10, 20, 50, 100, 150, *range(200, 1000, 100), *range(1000, 5000, 500)]
     marks += [*range(5000, steps + 1, 1000), steps]
     return tuple(sorted({mark for mark in marks if mark <= steps}))
 
@@ -171,6 +174,7 @@ def run_study(
     command: str | None = None,
     processes: int = 0,
     together: int = 1,
+    report: bool = True,
 ) -> Path:
     """Runs what is not finished yet and returns the path of report.html.
 
@@ -183,6 +187,7 @@ def run_study(
         command: the command line, for the report.
         processes: that share the runs, for each device; 0 for this one only.
         together: runs at a time in each process; on a GPU each has a stream. Neither number changes any result.
+        report: whether table, figures and report are written; without, the study's folder is returned.
 
     Raises:
         FileExistsError: out holds a study and resume is False.
@@ -216,11 +221,11 @@ def run_study(
         run_schedule(schedule, out, devices=targets, together=together, processes=processes, progress=front)
     except BaseException:
         session.write()
-        if any(out.glob("*/seed*/metrics.jsonl")):
+        if report and any(out.glob("*/seed*/metrics.jsonl")):
             _write_results_quietly(out)
         raise
     session.write()
-    return write_outputs(out)["report"]
+    return write_outputs(out)["report"] if report else out
 
 
 def _devices(device: str) -> list[torch.device]:

@@ -2,6 +2,7 @@
 
 ``distribution``  cross-entropy, entropies, mutual information, KL to the unigram, accuracy by word frequency
 ``diversity``     the unique-of-20 count, distinct-n, seq-rep-n
+``generation``    generated text: distinct-n, seq-rep-4, Zipf exponent
 ``rarefaction``   sizes of a histogram that do not depend on the size of the sample
 ``ternary``       fractions of -1 / 0 / +1, the share of codes that flip, distances to the thresholds
 ``network``       sizes of gains, embedding, head and latent weights, over all and by word frequency
@@ -28,6 +29,7 @@ from bitnet_ext.metrics.diversity import (
     unique_predictions,
 )
 from bitnet_ext.metrics.evaluation import evaluation_mode
+from bitnet_ext.metrics.generation import continuation_metrics, heldout_prompts, zipf_exponent
 from bitnet_ext.metrics.network import ROW_BINS, row_bins, row_norms, weight_norms
 from bitnet_ext.metrics.rarefaction import effective_size, rarefied_unique
 from bitnet_ext.metrics.ternary import (
@@ -46,6 +48,7 @@ __all__ = [
     "PackedCodes",
     "PredictionStatistics",
     "code_fractions",
+    "continuation_metrics",
     "decay_dominates",
     "decay_shares",
     "distinct_n",
@@ -56,6 +59,7 @@ __all__ = [
     "fixed_prompts",
     "flip_rate",
     "frequency_bins",
+    "heldout_prompts",
     "heldout_rows",
     "last_predictions",
     "packed_codes",
@@ -67,4 +71,5 @@ __all__ = [
     "threshold_statistics",
     "unique_predictions",
     "weight_norms",
+    "zipf_exponent",
 ]

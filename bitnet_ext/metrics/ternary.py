@@ -23,6 +23,14 @@ THRESHOLD = 0.5
 #: Distance from the threshold at which a weight counts as near it.
 NEAR = 0.05
 
+# How often each 2-bit value occurs in each byte, int64 [256, 4].
+_FIELDS_OF_BYTE = torch.tensor(
+    [
+        [sum((byte >> shift) & 3 == value for shift in (0, 2, 4, 6)) for value in range(4)]
+        for byte in range(256)
+    ]
+)
+
 
 class PackedCodes(NamedTuple):
     """The codes of one layer in the canonical packed form, and their number without the padding of the
@@ -48,14 +56,11 @@ def packed_codes(model: nn.Module) -> list[PackedCodes]:
     return snapshot
 
 
-def _field_histogram(packed: Tensor) -> list[int]:
-    """How often each 2-bit value 0..3 occurs: a histogram of the bytes, then four fields a byte."""
-    by_byte = torch.bincount(packed.reshape(-1), minlength=256).tolist()
-    fields = [0, 0, 0, 0]
-    for byte, number in enumerate(by_byte):
-        for shift in (0, 2, 4, 6):
-            fields[(byte >> shift) & 3] += number
-    return fields
+def _field_histograms(packed: Sequence[Tensor]) -> list[list[int]]:
+    """How often each 2-bit value 0..3 occurs in each tensor: histograms of the bytes, then four fields a byte."""
+    by_byte = torch.stack([torch.bincount(p.reshape(-1), minlength=256) for p in packed])
+    histograms: list[list[int]] = (by_byte.cpu() @ _FIELDS_OF_BYTE).tolist()
+    return histograms
 
 
 def code_fractions(codes: Sequence[PackedCodes]) -> dict[str, float | None]:
@@ -63,8 +68,9 @@ def code_fractions(codes: Sequence[PackedCodes]) -> dict[str, float | None]:
     if not codes:
         return {"ternary_negative": None, "ternary_zero": None, "ternary_positive": None}
     negative = zero = positive = total = 0
-    for layer in codes:
-        minus, null, plus, _ = _field_histogram(layer.packed)
+    for layer, (minus, null, plus, _) in zip(
+        codes, _field_histograms([c.packed for c in codes]), strict=True
+    ):
         padding = 4 * layer.packed.numel() - layer.numel  # filled with code 0
         negative, zero, positive = negative + minus, zero + null - padding, positive + plus
         total += layer.numel
@@ -103,10 +109,9 @@ def flip_rate(before: Sequence[PackedCodes], after: Sequence[PackedCodes]) -> fl
         )
     if not after:
         return None
-    flipped = 0
-    for old, new in zip(before, after, strict=True):
-        fields = _field_histogram(old.packed.to(new.packed.device) ^ new.packed)
-        flipped += sum(fields[1:])  # a field of the exclusive or is 0 where the code is the same
+    changed = [old.packed.to(new.packed.device) ^ new.packed for old, new in zip(before, after, strict=True)]
+    # A field of the exclusive or is 0 where the code is the same.
+    flipped = sum(sum(fields[1:]) for fields in _field_histograms(changed))
     return flipped / sum(layer.numel for layer in after)
 
 
