@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bitnet_ext.collapse.arms import Arm, config_of
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
@@ -25,6 +26,7 @@ from bitnet_ext.training.checkpoint import write_text_atomic
 
 #: Folder, inside the study's, of runs that only lead to the checkpoints which other runs go on from.
 STEMS = ".stems"
+_GOLDEN_SECTION = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,17 @@ def _training_statistics(data: str, vocab_size: int) -> tuple[Any, Any]:
     return unigram_log_probs(train, vocab_size), token_counts(train, vocab_size) > 0
 
 
+def text_of_seed(tokens: NDArray[Any], seed: int) -> NDArray[Any]:
+    """The training text as the runs of a seed read it: from another place for each seed, and round.
+
+    Seed 0 begins at the beginning, as the report's runs did; the others at multiples of the golden section, which lie
+    apart however many there are. With one order for all seeds, they would differ in their initial weights only, and
+    intervals over seeds would leave out what the text contributes.
+    """
+    start = int(len(tokens) * (seed * _GOLDEN_SECTION % 1.0))
+    return np.concatenate([tokens[start:], tokens[:start]]) if start else tokens
+
+
 @functools.lru_cache(maxsize=2)
 def _initial_model(name: str, quantization: str, seed: int) -> BitNetForCausalLM:
     """The network that every run of a seed begins with, on the CPU."""
@@ -170,7 +183,7 @@ def advance_task(
     trainer = Trainer(
         model,
         config,
-        corpus.train,
+        text_of_seed(corpus.train, task.seed),
         run_dir=folder,
         device=device,
         evaluator=evaluator,
