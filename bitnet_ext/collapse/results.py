@@ -14,7 +14,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -394,15 +394,21 @@ def write_summary_csv(study: Study, path: Path | str | None = None) -> Path:
     Args:
         path: default is summary.csv in the study directory.
     """
-    present = {key for run in study.runs for row in run.evals for key in row} - {"kind"}
-    keys = [key for key in EVAL_KEYS if key in present] + sorted(present - set(EVAL_KEYS))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["arm", "seed", *keys])
+    for cells in summary_rows(study, str):
+        writer.writerow(cells)
+    return write_atomic(Path(path) if path else study.directory / "summary.csv", text.getvalue().encode())
+
+
+def summary_rows(study: Study, form: Callable[[Any], str]) -> Iterator[list[str]]:
+    """The rows of summary.csv, the heading first; `form` writes a value that is there."""
+    present = {key for run in study.runs for row in run.evals for key in row} - {"kind"}
+    keys = [key for key in EVAL_KEYS if key in present] + sorted(present - set(EVAL_KEYS))
+    yield ["arm", "seed", *keys]
     for run in study.runs:
         for row in run.evals:
-            writer.writerow([run.arm, run.seed, *("" if row.get(key) is None else row[key] for key in keys)])
-    return write_atomic(Path(path) if path else study.directory / "summary.csv", text.getvalue().encode())
+            yield [run.arm, str(run.seed), *("" if row.get(key) is None else form(row[key]) for key in keys)]
 
 
 def write_atomic(path: Path, data: bytes) -> Path:

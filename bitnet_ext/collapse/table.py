@@ -94,6 +94,11 @@ def _number(values: Spread | None, form: Callable[[float], str]) -> str:
     return text if values.count == 1 or low == high else f"{text} ({low}–{high})"  # noqa: RUF001
 
 
+def spread_text(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """Mean and, where they differ, smallest and largest of some numbers; a dash for none."""
+    return _number(spread(values), form)
+
+
 def _votes(answers: Sequence[str | None]) -> str:
     present = [answer for answer in answers if answer is not None]
     if not present:

@@ -1,0 +1,288 @@
+"""Figures of the factorial study: curves of a block's arms, and their effects with intervals."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from bitnet_ext.collapse.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, RenderedFigure
+from bitnet_ext.collapse.results import Study
+from bitnet_ext.collapse.verdicts import ContrastResult
+
+DPI = 130
+_COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY)
+_DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.3)))
+_FACET = 6  # arms of a panel beside the base arms: as many as there are colours that anyone can tell apart
+_NATS = "nats per token"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of panels: a metric over a clock."""
+
+    key: str
+    label: str
+    over: str = "step"
+    log: bool = False
+    references: bool = False  # lines of the unigram and the uniform predictor
+
+
+_LOSS = Row("heldout_cross_entropy", f"held-out cross-entropy\n({_NATS})", references=True)
+_CURVES = (
+    _LOSS,
+    Row("heldout_cross_entropy", f"held-out cross-entropy\n({_NATS})", "cumulative_lr", references=True),
+    Row("mutual_information", "use of context:\nmutual information (nats)"),
+    Row("unique_of_20", "unique tokens of 20\n(the report's count)"),
+)
+_CAUSES = (
+    Row("decay_share", "share of coordinates that\nthe decay dominates"),
+    Row("final_gain_mean_abs", "gain of the last norm\n(mean |w|)", "cumulative_lr"),
+    Row("embedding_mean_abs", "embedding\n(mean |w|)", "cumulative_lr"),
+    Row("lm_head_mean_abs", "output head\n(mean |w|)", "cumulative_lr", log=True),
+)
+_TERNARY = (
+    Row("ternary_zero", "share of codes\nthat are 0"),
+    Row("absmean_mean", "absmean of the\nternary tensors", log=True),
+    Row("flip_rate", "codes changed by one step\n(share)", log=True),
+)
+_X = {"step": "step", "cumulative_lr": "cumulative learning rate"}
+
+
+def facets(arms: Sequence[str], bases: Sequence[str]) -> list[list[str]]:
+    """Arms in groups that one panel can show, each behind the base arms that it is compared with."""
+    others = [arm for arm in arms if arm not in bases]
+    number = max(1, math.ceil(len(others) / _FACET))
+    size = math.ceil(len(others) / number) if others else 0
+    groups = [others[i : i + size] for i in range(0, len(others), size)] if others else [[]]
+    return [[*bases, *group] for group in groups]
+
+
+def block_figures(
+    study: Study, key: str, title: str, groups: Sequence[Sequence[str]]
+) -> list[RenderedFigure]:
+    """Curves of a block: its losses and use of context, what the decay does to the weights, and the ternary codes.
+
+    Args:
+        study: with evaluations.
+        key, title: of the block.
+        groups: arms of each column of panels (:func:`facets`); the first ones of a group are drawn in black.
+    """
+    plans = (
+        (
+            "curves",
+            f"{title}: loss, context, and the count",
+            "Mean over seeds, thin lines the seeds. The second row is over the sum of the learning rates so far: arms "
+            "whose curves fall together there go through one course at different speeds. Below the unigram line a "
+            "network predicts better than fixed word counts.",
+            _CURVES,
+        ),
+        (
+            "decay",
+            f"{title}: what the decay does to the weights",
+            "Share of the coordinates whose update the weight decay decides, and sizes of parameters. A straight fall "
+            "at slope 1 over the cumulative learning rate (dotted) is what an L2 term inside Adam does to a weight "
+            "whose own gradient is small.",
+            _CAUSES,
+        ),
+        (
+            "codes",
+            f"{title}: ternary codes",
+            "Full-precision twins have none. The quantiser does not let absmean below 1e-5 (dotted): under it every "
+            "code is 0.",
+            _TERNARY,
+        ),
+    )
+    figures = []
+    for name, heading, caption, rows in plans:
+        present = [row for row in rows if any(_has(study, arm, row) for group in groups for arm in group)]
+        if present:
+            figure = _panels(study, groups, present)
+            figures.append(RenderedFigure(f"{key}-{name}", heading, caption, _png(figure)))
+    return figures
+
+
+def _has(study: Study, arm: str, row: Row) -> bool:
+    return any(map(math.isfinite, study.mean_series(arm, row.key, row.over)[1]))
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) -> Figure:
+    """A grid of panels, one column for each group of arms, with the group's legend above it."""
+    columns = len(groups)
+    left, right, panel_w, panel_h, gap_x, gap_y, bottom = (
+        0.95,
+        0.15,
+        3.0 if columns > 1 else 5.4,
+        1.75,
+        0.25,
+        0.62,
+        0.55,
+    )
+    legend = 0.2 * max(len(group) for group in groups) + 0.2
+    width = left + right + columns * panel_w + (columns - 1) * gap_x
+    height = legend + len(rows) * panel_h + (len(rows) - 1) * gap_y + bottom
+    figure = _new_figure(width, height)
+    for r, row in enumerate(rows):
+        first = None
+        for c, group in enumerate(groups):
+            x = left + c * (panel_w + gap_x)
+            y = height - legend - (r + 1) * panel_h - r * gap_y
+            axis = figure.add_axes(
+                (x / width, y / height, panel_w / width, panel_h / height), sharey=first, sharex=first
+            )
+            first = first or axis
+            handles = _draw(axis, study, group, row)
+            axis.set_xlabel(_X[row.over], fontsize=8, labelpad=1)
+            if c == 0:
+                axis.set_ylabel(row.label, fontsize=8.5)
+            else:
+                axis.tick_params(labelleft=False)
+            if r == 0:
+                box = ((x - 0.05) / width, (height - legend) / height, panel_w / width, legend / height)
+                figure.legend(
+                    handles=handles,
+                    loc="lower left",
+                    bbox_to_anchor=box,
+                    frameon=False,
+                    fontsize=8,
+                    handlelength=2.6,
+                    labelspacing=0.25,
+                    borderpad=0.2,
+                )
+    return figure
+
+
+def _draw(axis: Any, study: Study, group: Sequence[str], row: Row) -> list[Any]:
+    if row.over == "step":
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    if row.log:
+        axis.set_yscale("log")
+    handles = []
+    bases = [arm for arm in group if arm in ("standard-lr", "adamw")]
+    for index, arm in enumerate(group):
+        if arm in bases:
+            colour, dash, width = BLACK, _DASHES[bases.index(arm)], 2.4
+        else:
+            place = index - len(bases)
+            colour, dash, width = _COLOURS[place % len(_COLOURS)], _DASHES[0], 1.7
+        for run in study.of(arm):
+            axis.plot(*run.series(row.key, row.over), color=colour, linestyle=dash, linewidth=0.5, alpha=0.35)
+        line = axis.plot(
+            *study.mean_series(arm, row.key, row.over), color=colour, linestyle=dash, linewidth=width
+        )[0]
+        line.set_label(f"{arm} ({len(study.leading(arm))} seeds)")
+        handles.append(line)
+    if row.references:
+        lines = [("unigram", study.unigram_cross_entropy)]
+        lines += [("uniform, ln V", math.log(study.vocab_size))] if study.vocab_size else []
+        for name, value in lines:
+            if value is not None and math.isfinite(value):
+                axis.axhline(value, color="#666666", linestyle=(0, (2, 2)), linewidth=0.9, zorder=1)
+                axis.annotate(
+                    f"{name} {value:.2f}",
+                    (0, value),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(3, -8),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color="#444444",
+                )
+    if row.key in ("final_gain_mean_abs", "embedding_mean_abs") and row.over == "cumulative_lr":
+        start = next((y[0] for arm in group if (y := study.mean_series(arm, row.key, row.over)[1])), None)
+        if start is not None:
+            axis.plot(
+                [0, start], [start, 0], color="#666666", linestyle=(0, (1, 1.5)), linewidth=1.2, zorder=1
+            )
+    if row.key == "absmean_mean":
+        axis.axhline(1e-5, color="#666666", linestyle=(0, (1, 1.5)), linewidth=1.2, zorder=1)
+    axis.tick_params(labelsize=8)
+    axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return handles
+
+
+def effect_figure(
+    name: str, title: str, caption: str, contrasts: Iterable[ContrastResult]
+) -> RenderedFigure | None:
+    """Differences to a base arm as dots with their 95 % intervals, one line a contrast; None without any.
+
+    The panel on the left is held-out cross-entropy (lower is better), that on the right the use of context (higher is
+    better); seeds are the faint dots, and the text says how many there are and the Holm-adjusted p.
+    """
+    by_pair: dict[tuple[str, str], dict[str, ContrastResult]] = {}
+    for contrast in contrasts:
+        by_pair.setdefault((contrast.base, contrast.other), {})[contrast.key] = contrast
+    if not by_pair:
+        return None
+    panels = (
+        ("heldout_cross_entropy", "cross-entropy: difference (nats per token)"),
+        ("mutual_information", "use of context: difference (nats)"),
+    )
+    left, right, panel_w, gap, row_h, top, bottom = 2.15, 0.15, 2.55, 1.25, 0.24, 0.2, 0.55
+    height = top + bottom + row_h * len(by_pair)
+    width = left + 2 * panel_w + 2 * gap + right
+    figure = _new_figure(width, height)
+    for p, (key, label) in enumerate(panels):
+        x = left + p * (panel_w + gap)
+        axis = figure.add_axes((x / width, bottom / height, panel_w / width, 1 - (top + bottom) / height))
+        axis.axvline(0, color="#444444", linewidth=1)
+        for place, pair in enumerate(by_pair):
+            contrast = by_pair[pair].get(key)
+            if contrast is None:
+                continue
+            e = contrast.estimate
+            better = e.mean < 0 if key == "heldout_cross_entropy" else e.mean > 0
+            colour = BLUE if better else VERMILLION
+            axis.plot(e.values, [place] * len(e.values), ".", color=colour, alpha=0.35, markersize=4)
+            if e.low is not None and e.high is not None:
+                axis.plot([e.low, e.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
+            axis.plot([e.mean], [place], "o" if better else "s", color=colour, markersize=5)
+            axis.annotate(
+                _numbers(contrast),
+                (1, place),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color="#333333",
+            )
+        axis.set_ylim(len(by_pair) - 0.4, -0.6)
+        axis.set_yticks(range(len(by_pair)), [f"{other}" for _, other in by_pair] if p == 0 else [])
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel(label, fontsize=8.5)
+        axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    return RenderedFigure(name, title, caption, _png(figure))
+
+
+def _numbers(contrast: ContrastResult) -> str:
+    e = contrast.estimate
+    text = f"{e.mean:+.2f}, n {e.n}"
+    return text if contrast.p_holm is None else f"{text}, p {_p(contrast.p_holm)}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"

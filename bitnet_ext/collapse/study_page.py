@@ -1,0 +1,396 @@
+"""The report of the factorial study: verdicts, the original report's table beside ours, every block with its figures.
+
+One HTML file that opens offline, the same as Markdown with PNG files, and the raw numbers as one compressed table.
+Everything that is said follows from the study's files.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitnet_ext.collapse.effects import block_figures, effect_figure, facets
+from bitnet_ext.collapse.figures import RenderedFigure
+from bitnet_ext.collapse.findings import count, nats, percent, steps
+from bitnet_ext.collapse.glossary import GLOSSARY
+from bitnet_ext.collapse.page import document, escape, figure_html, pairs, plural, table_html, words
+from bitnet_ext.collapse.reading import RULES, STATUS, classify, log_vocab
+from bitnet_ext.collapse.results import (
+    Run,
+    Study,
+    read_study,
+    require_evaluations,
+    summary_rows,
+    write_atomic,
+)
+from bitnet_ext.collapse.table import MISSING, Table, spread_text, unfinished_text
+from bitnet_ext.collapse.verdicts import ContrastResult, Verdict, contrasts, verdicts
+
+#: What the original report printed: arm, tokens at steps 1,000 and 4,000, loss at 1,000, "recovery?".
+ORIGINAL = (
+    ("standard-lr", "19", "2", "10.82", "No"),
+    ("reduced-lr", "3", "18", "9.89", "YES!"),
+    ("label-smoothing", "20 (a later log)", "2 (a later log)", MISSING, "?"),
+    ("grad-clip", "12 (a later log)", "2 (a later log)", MISSING, MISSING),
+)
+_TONE = {"supported": " good", "refuted": " bad"}
+
+
+def is_factorial(study: Study) -> bool:
+    """Whether a study has blocks, and so this report instead of the one of a small comparison."""
+    return bool(study.settings.get("blocks"))
+
+
+def write_study_page(study_dir: Path | str, out_dir: Path | str | None = None) -> dict[str, Path]:
+    """Writes report.html, report.md with figures/*.png, and summary.csv.gz.
+
+    Args:
+        study_dir: of a study with blocks, however far its runs got.
+        out_dir: default is the study's own folder.
+
+    Returns:
+        Their paths by `report`, `markdown`, `figures` (the folder) and `summary`.
+
+    Raises:
+        ValueError: when the folder holds no study, or no evaluation, or a damaged file.
+    """
+    study = read_study(study_dir)
+    require_evaluations(study)
+    out = Path(study_dir if out_dir is None else out_dir)
+    content = Content(study)
+    for figure in content.figures:
+        write_atomic(out / "figures" / f"{figure.name}.png", figure.png)
+    return {
+        "summary": write_atomic(out / "summary.csv.gz", compressed_summary(study)),
+        "markdown": write_atomic(out / "report.md", content.markdown().encode()),
+        "figures": out / "figures",
+        "report": write_atomic(out / "report.html", content.html().encode()),
+    }
+
+
+def compressed_summary(study: Study) -> bytes:
+    """Every evaluated row as CSV, numbers with six significant digits, gzip without a date: equal for equal runs."""
+    text = io.StringIO()
+    for row in summary_rows(study, lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)):
+        text.write(",".join(row) + "\n")
+    return gzip.compress(text.getvalue().encode(), mtime=0)
+
+
+class Content:
+    """What the page says, computed once for both of its forms.
+
+    Args:
+        study: with blocks and at least one evaluation.
+        judged, compared: verdicts and contrasts of the study; computed when not given.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        judged: Sequence[Verdict] | None = None,
+        compared: Sequence[ContrastResult] | None = None,
+    ) -> None:
+        self.study = study
+        self.ln_v = log_vocab(study)
+        self.verdicts = verdicts(study) if judged is None else list(judged)
+        self.contrasts = contrasts(study) if compared is None else list(compared)
+        blocks = study.settings["blocks"]
+        self.blocks: dict[str, dict[str, Any]] = {
+            key: block for key, block in blocks.items() if set(block["arms"]) & set(study.measured_arms)
+        }
+        self._block_figures = {key: self._figures_of(key, block) for key, block in self.blocks.items()}
+
+    @property
+    def figures(self) -> list[RenderedFigure]:
+        return [figure for figures in self._block_figures.values() for figure in figures]
+
+    @property
+    def title(self) -> str:
+        runs = sum(run.finished for run in self.study.runs)
+        return f"Token collapse: {plural(len(self.study.measured_arms), 'arm')}, {plural(runs, 'run')}"
+
+    # --- pieces ---------------------------------------------------------------------------------------------------
+
+    def facts(self) -> list[tuple[str, str]]:
+        settings = self.study.settings
+        entries = []
+        for key in ("data", "books"):
+            about = settings.get(key)
+            if isinstance(about, dict):
+                sizes = f"{about['train_tokens']:,} tokens of training, {about['heldout_tokens']:,} held out"
+                entries.append((key, f"{about['name']}: {about['description']}; {sizes}"))
+        sessions = self._sessions()
+        if sessions:
+            names = ", ".join(dict.fromkeys(str(s.get("name")) for s in sessions))
+            seconds = sum(float(s["seconds"]) * len(s.get("devices", [0])) for s in sessions)
+            entries.append(
+                (
+                    "device",
+                    f"{names}; {seconds / 60:,.1f} minutes of it in {plural(len(sessions), 'session')}",
+                )
+            )
+        for key in ("device", "versions"):
+            about = settings.get(key)
+            if isinstance(about, dict) and not (key == "device" and sessions):
+                entries.append((key, ", ".join(f"{k} {v}" for k, v in about.items())))
+        if isinstance(settings.get("command"), str):
+            entries.append(("command", settings["command"]))
+        if self.study.unigram_cross_entropy is not None:
+            text = f"{nats(self.study.unigram_cross_entropy)} nats on the held-out text"
+            entries.append(("fixed word counts score", text))
+        if self.ln_v is not None:
+            entries.append(("the uniform distribution scores", f"ln V = {nats(self.ln_v)} nats"))
+        return entries
+
+    def _sessions(self) -> list[dict[str, Any]]:
+        path = self.study.directory / "sessions.jsonl"
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+    def unfinished(self) -> str:
+        missing = self.study.unfinished
+        if not missing:
+            return ""
+        arms = dict.fromkeys(arm for arm, *_ in missing)
+        return (
+            f"This study is not finished: {len(missing)} of {len(missing) + self._finished()} runs are missing or "
+            f"incomplete (arms {', '.join(arms)}). What follows is what there is."
+            if len(missing) > 6
+            else "This study is not finished: "
+            + "; ".join(unfinished_text(*entry) for entry in missing)
+            + "."
+        )
+
+    def _finished(self) -> int:
+        return sum(run.finished for run in self.study.runs)
+
+    def original_table(self) -> Table:
+        """The original report's own numbers beside ours at the same steps, with what it did not measure."""
+        columns = [
+            "Training",
+            "Theirs: tokens @ 1k",
+            "@ 4k",
+            "loss @ 1k",
+            "recovery?",
+            "Ours: tokens @ 1k",
+            "@ 4k",
+            "loss @ 1k",
+            "Held-out CE @ 1k",
+            "@ 4k",
+            "Context use @ 4k",
+        ]
+        rows = []
+        for arm, *theirs in ORIGINAL:
+            runs = self._complete(arm)
+            if not runs:
+                continue
+            ours = [
+                self._cell(runs, key, step, form)
+                for key, step, form in (
+                    ("unique_of_20", 1000, count),
+                    ("unique_of_20", 4000, count),
+                    ("train_cross_entropy", 1000, nats),
+                    ("heldout_cross_entropy", 1000, nats),
+                    ("heldout_cross_entropy", 4000, nats),
+                    ("mutual_information", 4000, nats),
+                )
+            ]
+            rows.append([arm, *theirs, *ours])
+        notes = [
+            "Theirs: the original report, one run each, no seed given; ours: mean over seeds (smallest-largest).",
+            "Tokens: distinct greedy predictions after 20 prompts of random token ids, at most 20.",
+            "Loss: training cross-entropy, nats. Theirs is one batch's, ours the mean since the evaluation before.",
+            "Exact numbers cannot be expected to agree: the text is another one, and one run has no spread.",
+        ]
+        return Table(columns, rows, notes)
+
+    def _cell(self, runs: Sequence[Run], key: str, step: int, form: Any) -> str:
+        values = [run.value_at(key, step) for run in runs if run.last_step >= step]
+        return spread_text([value for value in values if value is not None], form)
+
+    def _complete(self, arm: str) -> list[Run]:
+        """The runs of an arm that ended, or those that got farthest."""
+        return [run for run in self.study.of(arm) if run.finished] or self.study.leading(arm)
+
+    def block_table(self, key: str) -> Table:
+        """How the arms of a block ended."""
+        columns = [
+            "Arm",
+            "Seeds",
+            "Steps",
+            "Held-out CE",
+            "Over unigram",
+            "Context use",
+            "Unique of 20",
+            "Effective argmax vocabulary",
+            "Last gain",
+            "Decay dominates",
+            "Repeated 4-grams",
+            "How it ended",
+        ]
+        rows = []
+        for arm in self.blocks[key]["arms"]:
+            runs = self._complete(arm)
+            if not runs:
+                continue
+            final = [[run.final(k) for run in runs] for k in _FINAL]
+            cells = [
+                spread_text([v for v in values if v is not None], form)
+                for values, form in zip(final, _FORMS, strict=True)
+            ]
+            kinds = [classify(run.evals, self.ln_v) for run in runs]
+            named = [STATUS[kind][0] for kind in dict.fromkeys(kinds) if kind is not None]
+            rows.append(
+                [arm, str(len(runs)), steps(max(run.last_step for run in runs)), *cells, ", ".join(named)]
+            )
+        notes = [
+            "At the last evaluation, mean over seeds (smallest-largest). CE, its excess over the unigram: nats per token.",
+            "Decay dominates: share of the coordinates of which the weight decay decides the next step.",
+            "Repeated 4-grams: within greedy continuations of real text, seq-rep-4.",
+        ]
+        return Table(columns, rows, notes)
+
+    def _figures_of(self, key: str, block: dict[str, Any]) -> list[RenderedFigure]:
+        here = [arm for arm in block["arms"] if self.study.of(arm)]
+        bases = [arm for arm in ("standard-lr", "adamw") if arm in here]
+        figures = block_figures(self.study, f"block-{key}", block["title"], facets(here, bases))
+        pairs_here = [c for c in self.contrasts if c.other in here and (c.base in here or c.base in bases)]
+        effects = effect_figure(
+            f"block-{key}-effects",
+            f"{block['title']}: differences, paired by seed",
+            "Each arm against its base, at the last step that both have. Dot and bar: mean and 95 % interval (BCa "
+            "bootstrap over seeds); faint dots: seeds; n: seeds; p: exact sign-flip test, Holm-adjusted over the "
+            "family. Circles in blue: better than the base, squares in orange: worse.",
+            [c for c in pairs_here if c.key in ("heldout_cross_entropy", "mutual_information")],
+        )
+        return [*([effects] if effects is not None else []), *figures]
+
+    def instrument(self) -> Table | None:
+        """The check of the metrics on known predictors, when its file is beside the study's."""
+        path = self.study.directory / "instrument.json"
+        if not path.is_file():
+            return None
+        rows = json.loads(path.read_text())
+        rows = rows["rows"] if isinstance(rows, dict) else rows
+        keys = [key for key in rows[0] if key != "network"]
+        body = [
+            [str(row["network"]), *(MISSING if row.get(k) is None else f"{row[k]:.4g}" for k in keys)]
+            for row in rows
+        ]
+        notes = ["Metrics that rank the dead network above a healthy one are not used for any verdict."]
+        return Table(["Predictor", *(key.replace("_", " ") for key in keys)], body, notes)
+
+    # --- the two forms --------------------------------------------------------------------------------------------
+
+    def html(self) -> str:
+        """The page; everything from files is escaped."""
+        links = [("verdicts", "Verdicts"), ("original", "Beside the report")]
+        links += [(f"block-{key}", f"{key}: {block['title']}") for key, block in self.blocks.items()]
+        links += [("metrics", "Metrics"), ("again", "Run it again")]
+        instrument = self.instrument()
+        parts = [
+            f"<h1>{escape(self.title)}</h1>",
+            pairs(self.facts()),
+            "<nav>"
+            + " ".join(f'<a href="#{target}">{escape(text)}</a>' for target, text in links)
+            + "</nav>",
+            f'<p class="warn">{escape(self.unfinished())}</p>' if self.unfinished() else "",
+            '<h2 id="verdicts">Verdicts</h2>',
+            "<p>Each follows from the numbers of this study by the rule that stands with it; other numbers give other "
+            "answers. The unit is the seed, intervals are 95 %.</p>",
+            *(_verdict_html(verdict) for verdict in self.verdicts),
+            '<h2 id="original">The report\'s own table, and ours</h2>',
+            table_html(self.original_table()),
+        ]
+        for key, block in self.blocks.items():
+            parts += [
+                f'<h2 id="block-{escape(key)}">{escape(key)}: {escape(block["title"])}</h2>',
+                f"<p>{escape(block['question'])}</p>",
+                table_html(self.block_table(key)),
+                *(figure_html(figure) for figure in self._block_figures[key]),
+            ]
+        parts += ['<h2 id="metrics">Metrics and their limits</h2>']
+        parts += [table_html(instrument)] if instrument is not None else []
+        parts += [words(GLOSSARY), "<h3>How a run ended: the first of these that holds</h3>", words(RULES)]
+        parts += ['<h2 id="again">Run it again</h2>', *(f"<p>{escape(line)}</p>" for line in _again())]
+        return document(self.title, parts)
+
+    def markdown(self) -> str:
+        """The same for a reader of the repository."""
+        lines = [f"# {self.title}", ""]
+        lines += [f"* {key}: {value}" for key, value in self.facts()]
+        lines += ["", f"**{self.unfinished()}**"] if self.unfinished() else []
+        lines += ["", "## Verdicts", ""]
+        for verdict in self.verdicts:
+            lines += [
+                f"### {verdict.title}",
+                "",
+                f"{verdict.claim} **{verdict.answer}**",
+                "",
+                f"Rule: {verdict.rule}",
+                "",
+            ]
+            lines += [f"* {reason}" for reason in verdict.reasons]
+            lines += [f"* Limit: {limit}" for limit in verdict.limits] + [""]
+        lines += ["## The report's own table, and ours", "", self.original_table().markdown()]
+        for key, block in self.blocks.items():
+            lines += [
+                f"## {key}: {block['title']}",
+                "",
+                block["question"],
+                "",
+                self.block_table(key).markdown(),
+            ]
+            for figure in self._block_figures[key]:
+                lines += [f"![{figure.title}](figures/{figure.name}.png)", "", figure.caption, ""]
+        instrument = self.instrument()
+        lines += ["## Metrics and their limits", ""]
+        lines += [instrument.markdown()] if instrument is not None else []
+        lines += [f"* **{term}**: {text}" for term, text in GLOSSARY]
+        lines += ["", "## Run it again", "", *_again()]
+        return "\n".join(lines) + "\n"
+
+
+_FINAL = (
+    "heldout_cross_entropy",
+    "excess_over_unigram",
+    "mutual_information",
+    "unique_of_20",
+    "effective_argmax_vocabulary",
+    "final_gain_mean_abs",
+    "decay_share",
+    "greedy_seq_rep_4",
+)
+
+
+def _small(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 or math.isnan(value) else f"{value:.2g}"
+
+
+_FORMS = (nats, nats, nats, count, lambda value: f"{value:.1f}", _small, percent, percent)
+
+
+def _again() -> list[str]:
+    return [
+        "The command above, with --resume, runs what is missing and repeats nothing; `bitnet-ext collapse report DIR` "
+        "makes these pages from the runs.",
+        "summary.csv.gz holds every evaluated row of every run: one line for each arm, seed and step.",
+    ]
+
+
+def _verdict_html(verdict: Verdict) -> str:
+    badge = f'<span class="badge{_TONE.get(verdict.answer, "")}">{escape(verdict.answer)}</span>'
+    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict.reasons)
+    limits = "".join(f"<li>{escape(limit)}</li>" for limit in verdict.limits)
+    return (
+        f'<section id="{escape(verdict.key)}"><h3>{escape(verdict.title)}{badge}</h3><p>{escape(verdict.claim)}</p>'
+        f'<ul>{reasons}</ul><p class="notes">Rule: {escape(verdict.rule)}</p>'
+        + (f'<ul class="notes">{limits}</ul>' if limits else "")
+        + "</section>"
+    )
