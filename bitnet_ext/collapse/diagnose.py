@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitnet_ext.collapse.diagnose_course import divergence, frozen, over_confidence, unigram_stage
-from bitnet_ext.collapse.diagnose_inputs import SIZES, Case
+from bitnet_ext.collapse.diagnose_course import (
+    divergence,
+    frozen,
+    no_convergence,
+    over_confidence,
+    unigram_stage,
+)
+from bitnet_ext.collapse.diagnose_inputs import SIZES, Case, note_early_end
 from bitnet_ext.collapse.diagnose_weights import dead_ternary, decay_death, uniform_without_decay
 from bitnet_ext.collapse.diagnose_words import Evidence, Finding, evidence, training_course
 
@@ -50,16 +56,19 @@ class Diagnosis:
 
 def diagnose(case: Case) -> Diagnosis:
     """Applies every rule to a run."""
-    missing = _not_judged(case)
+    missing, ended = _not_judged(case), note_early_end(case)
+    notes = [*case.notes, *([ended] if ended else [])]
     if not _has_loss(case) and not any(case.last(key) for key in SIZES) and not case.tensors:
-        return Diagnosis(str(case.path), case.last_step, [], UNKNOWN, [], missing, case.notes)
+        return Diagnosis(str(case.path), case.last_step, [], UNKNOWN, [], missing, notes)
 
     still = frozen(case)
     decay, watch = decay_death(case)
     diverged = divergence(case, vanishing=decay is not None)
     uniform = uniform_without_decay(case) if still is None else None
     findings = [found for found in (diverged, decay, uniform, dead_ternary(case), still) if found is not None]
-    if diverged is None and still is None:
+    if not findings and (lost := no_convergence(case)) is not None:
+        findings.append(lost)
+    elif diverged is None and still is None:
         confident = over_confidence(case)
         if confident is not None:
             findings.append(confident)
@@ -70,7 +79,7 @@ def diagnose(case: Case) -> Diagnosis:
     findings.sort(key=lambda finding: SEVERITY.index(finding.kind))
     kind = findings[0].kind if findings else NONE
     healthy = _healthy(case) if not findings else []
-    return Diagnosis(str(case.path), case.last_step, findings, kind, healthy, missing, [*case.notes, *watch])
+    return Diagnosis(str(case.path), case.last_step, findings, kind, healthy, missing, [*notes, *watch])
 
 
 # --- around the findings ------------------------------------------------------------------------------------------

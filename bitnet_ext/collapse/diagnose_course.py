@@ -97,6 +97,35 @@ def divergence(case: Case, vanishing: bool) -> Finding | None:
     return None
 
 
+def no_convergence(case: Case) -> Finding | None:
+    """Worse than word counts on training text too, and no longer getting better."""
+    held = numbers(case.points("heldout_cross_entropy"))
+    unigram, entropy = case.last("unigram_cross_entropy"), case.last("predictive_entropy")
+    course = [value for _, value in training_course(case)]
+    if not held or unigram is None or not course:
+        return None
+    step, ce = held[-1]
+    training = course[-max(1, len(course) // 4) :]
+    level = sum(training) / len(training)
+    unsure = entropy is None or ce - entropy[1] <= CONFIDENCE_NATS
+    if ce <= unigram[1] + (COLLAPSE_NATS if unsure else 0.0) or level <= unigram[1] or not stalled(held):
+        return None
+    return Finding(
+        "diverged",
+        "It does not converge: worse than word counts, on the training text too, and no longer getting better",
+        (
+            evidence("held-out cross-entropy", ce, step, f"word counts alone reach {unigram[1]:.4g}"),
+            evidence("training cross-entropy", level, step, "mean of the last quarter"),
+            *_gradient(case),
+        ),
+        _calmer(case),
+        POSSIBLE,
+        "training cross-entropy is above the held-out unigram's; held-out cross-entropy is more than "
+        f"{COLLAPSE_NATS} nats above it (or above it and over-confident by {CONFIDENCE_NATS}) and improved by at most "
+        f"{STALL_NATS} nats over the second half of the run; no parameter vanishes",
+    )
+
+
 def _not_finite(case: Case) -> list[Evidence]:
     """The last rows whose loss is there, but not a finite number, and the tensors that hold such values."""
     found = []
@@ -329,18 +358,8 @@ def unigram_stage(case: Case) -> Finding | None:
         found.append(evidence("effective number of different argmaxes", argmaxes[1], argmaxes[0]))
     rule = (
         f"held-out cross-entropy is not below the unigram's, or mutual information is at most {CONTEXT_NATS}, and no "
-        "other rule holds: nothing vanishes, explodes or stands still. It does not converge when it is more than "
-        f"{COLLAPSE_NATS} nats above the unigram's and improved by at most {STALL_NATS} nats over the second half"
+        "other rule holds: nothing vanishes, explodes or stands still"
     )
-    if ce[1] > unigram[1] + COLLAPSE_NATS and stalled(numbers(case.points("heldout_cross_entropy"))):
-        return Finding(
-            "diverged",
-            "It does not converge: worse than word counts, and no longer getting better",
-            tuple(found),
-            _calmer(case),
-            POSSIBLE,
-            rule,
-        )
     near = ce[1] <= unigram[1] + COLLAPSE_NATS
     return Finding(
         "unigram-stage",

@@ -204,6 +204,18 @@ def _read_folder(path: Path) -> Case:
     return case
 
 
+def note_early_end(case: Case) -> str | None:
+    """A sentence when a run's metrics end before its planned steps: the trainer stops at a NaN without a line."""
+    if case.kind == "checkpoint" or case.settings is None or case.last_step is None:
+        return None
+    if case.last_step + case.settings.log_interval > case.settings.steps:
+        return None
+    return (
+        f"the metrics end at step {case.last_step:,} of {case.settings.steps:,}: the run goes on, was interrupted, or "
+        "was stopped by NaN or Inf, which the trainer reports on its error output"
+    )
+
+
 def _add_metrics(case: Case, path: Path) -> None:
     rows = read_metrics(path)
     for kind, into in (("eval", case.evals), ("train", case.train)):
