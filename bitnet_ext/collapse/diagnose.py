@@ -58,7 +58,7 @@ def diagnose(case: Case) -> Diagnosis:
     """Applies every rule to a run."""
     missing, ended = _not_judged(case), note_early_end(case)
     notes = [*case.notes, *([ended] if ended else [])]
-    if not _has_loss(case) and not any(case.last(key) for key in SIZES) and not case.tensors:
+    if not _enough(case):
         return Diagnosis(str(case.path), case.last_step, [], UNKNOWN, [], missing, notes)
 
     still = frozen(case)
@@ -83,6 +83,15 @@ def diagnose(case: Case) -> Diagnosis:
 
 
 # --- around the findings ------------------------------------------------------------------------------------------
+
+
+def _enough(case: Case) -> bool:
+    """Whether there is a course, a held-out evaluation or a size: anything that a rule could judge."""
+    if case.tensors or any(case.last(key) for key in SIZES) or len(training_course(case)) > 1:
+        return True
+    rows = [row for row in case.evals if "heldout_cross_entropy" in row]
+    nothing = any(key in row and row[key] is None for row in case.train for key in ("loss", "cross_entropy"))
+    return bool(rows) or nothing
 
 
 def _has_loss(case: Case) -> bool:
