@@ -162,7 +162,7 @@ def decay_death(case: Case) -> tuple[Finding | None, list[str]]:
     return (
         Finding(
             "decay-death",
-            _headline(list(gone), list(falling), uniform is not None),
+            _headline(list(gone), list(falling), uniform, case.ln_vocab),
             tuple(found),
             _against_decay(case, decay, bool(gone)),
             _certainty(decay, bool(gone), bool(falling), measured),
@@ -236,13 +236,14 @@ def _works(case: Case) -> bool:
     return bool(course_of_output(case)) and not _failing(case)
 
 
-def _headline(gone: list[str], falling: list[str], uniform: bool) -> str:
-    end = ": the output is uniform" if uniform else ""
+def _headline(gone: list[str], falling: list[str], uniform: list[Evidence] | None, ln_v: float | None) -> str:
+    flat = all(abs((each.value or 0.0) - (ln_v or 0.0)) <= UNIFORM_NATS for each in uniform or [])
+    end = "" if uniform is None else f": the output is {'uniform' if flat else 'nearly uniform'}"
     if gone:
         return f"Weight decay has driven the {_list([SIZES[key] for key in gone])} to zero{end}"
     if falling:
         return f"Weight decay is driving the {_list([SIZES[key] for key in falling])} to zero"
-    return "The output has died away to the uniform distribution while weight decay was on"
+    return "The output has died away to a uniform one while weight decay was on"
 
 
 def _against_decay(case: Case, decay: Decay, gone: bool) -> tuple[str, ...]:
