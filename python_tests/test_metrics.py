@@ -72,10 +72,22 @@ def direct(logits: Tensor, target: Tensor, log_probs: Tensor) -> dict[str, Any]:
         "logit_std": z.std(1, correction=0).mean().item(),
         "argmax_vocabulary": argmax.unique().numel(),
         "effective_argmax_vocabulary": torch.exp(-(share * share.log()).sum()).item(),
+        "unique_20_real": expected_distinct(torch.bincount(argmax), 20),
+        "accuracy": (argmax == target).double().mean().item(),
+        "top1_probability": p.max(1).values.mean().item(),
         "head_accuracy": accuracy[0],
         "torso_accuracy": accuracy[1],
         "tail_accuracy": accuracy[2],
     }
+
+
+def expected_distinct(counts: Tensor, sample: int) -> float | None:
+    """Distinct classes to expect in a sample without replacement, by binomial coefficients in exact integers."""
+    total = int(counts.sum())
+    if total < sample:
+        return None
+    every = math.comb(total, sample)
+    return sum(1 - math.comb(total - count, sample) / every for count in counts.tolist() if count)
 
 
 @pytest.mark.parametrize("device", DEVICES)

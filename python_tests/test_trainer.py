@@ -18,6 +18,7 @@ import torch
 from bitnet_ext.models import BitNetForCausalLM, preset
 from bitnet_ext.training import (
     CheckpointError,
+    EvaluatedStep,
     TrainConfig,
     Trainer,
     TrainingDivergedError,
@@ -59,7 +60,7 @@ class CountingEvaluator:
     def before_step(self, model: BitNetForCausalLM) -> None:
         self.before += 1
 
-    def evaluate(self, model: BitNetForCausalLM) -> dict[str, float]:
+    def evaluate(self, model: BitNetForCausalLM, step: EvaluatedStep) -> dict[str, float]:
         return {"weight_sum": float(sum(p.detach().double().sum() for p in model.parameters()))}
 
 

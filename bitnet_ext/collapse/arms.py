@@ -8,8 +8,8 @@ learning rate of 1.5e-3 warmed up over 375 steps with the first step at full rat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from bitnet_ext.training import TrainConfig
@@ -29,17 +29,27 @@ class Arm:
         source: "report" (run there), "proposed" (named there, never run) or "control".
         train: fields of TrainConfig that differ from :func:`report_config`.
         quantization: "b1.58" or, for a full-precision twin, "none".
+        model: preset of the network; None for the study's.
+        steps: optimiser steps; None for the study's.
+        start: (arm, step) of a run with the same seed that this one goes on from; None to begin anew.
+        reset_moments: with start, whether it goes on with moments of 0.
+        books: whether it reads the study's second, larger text.
     """
 
     name: str
     summary: str
     source: str
-    train: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    train: Mapping[str, Any] = field(default_factory=dict)
     quantization: str = "b1.58"
+    model: str | None = None
+    steps: int | None = None
+    start: tuple[str, int] | None = None
+    reset_moments: bool = False
+    books: bool = False
 
 
 def _arm(name: str, source: str, summary: str, quantization: str = "b1.58", **train: Any) -> Arm:
-    return Arm(name, summary, source, MappingProxyType(train), quantization)
+    return Arm(name, summary, source, train, quantization)
 
 
 ARMS: dict[str, Arm] = {
@@ -126,14 +136,18 @@ def report_config(steps: int, seed: int) -> TrainConfig:
     )
 
 
-def arm_config(name: str, steps: int, seed: int, **run_settings: Any) -> TrainConfig:
+def config_of(arm: Arm, steps: int, seed: int, **run_settings: Any) -> TrainConfig:
     """TrainConfig of an arm; `run_settings` are fields that do not belong to the comparison (checkpoints, ...)."""
-    arm = get_arm(name)
     return dataclasses.replace(report_config(steps, seed), **arm.train, **run_settings)
 
 
+def arm_config(name: str, steps: int, seed: int, **run_settings: Any) -> TrainConfig:
+    """:func:`config_of` an arm by name."""
+    return config_of(get_arm(name), steps, seed, **run_settings)
+
+
 def get_arm(name: str) -> Arm:
-    """An arm by name; ValueError names the known ones."""
+    """An arm of the small comparison by name; ValueError names the known ones."""
     if name not in ARMS:
         raise ValueError(f"arm {name!r} is unknown; accepted are {', '.join(ARMS)}")
     return ARMS[name]

@@ -13,10 +13,13 @@ from typing import Any
 from tqdm import tqdm
 
 from bitnet_ext.collapse.arms import ARMS
+from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL
 from bitnet_ext.collapse.results import read_study
-from bitnet_ext.collapse.study import StudyConfig, default_config, run_study
+from bitnet_ext.collapse.runs import Task
+from bitnet_ext.collapse.study import StudyConfig, config_from_json, default_config, run_study
 from bitnet_ext.collapse.table import comparison_table
-from bitnet_ext.training import TrainingDivergedError, TrainingInterrupted
+from bitnet_ext.collapse.workers import StudyWorkerError
+from bitnet_ext.training import TrainingInterrupted
 from bitnet_ext.training.device import resolve_device
 
 RUNS = Path("runs")
@@ -36,7 +39,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-tokens", type=int, metavar="N", help="held-out predictions of each evaluation"
     )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--blocks",
+        nargs="+",
+        metavar="BLOCK",
+        help=f"blocks of the factorial study instead of arms: {', '.join(BLOCKS)} (see --list-blocks)",
+    )
+    parser.add_argument(
+        "--generation",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="measure generated text at the end of each run (default: on a GPU)",
+    )
+    parser.add_argument("--books", metavar="NAME|PATH", help="the larger text that block F reads")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        help="share of its steps that each run of a block takes, to try a study out (default 1)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (default), cpu, cuda, cuda:N, or several GPUs: cuda:0,cuda:1"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        help="processes a device that share the runs (default 0: this one)",
+    )
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        help="runs at a time in each process (default 1)",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the study (default runs/collapse-<time>)"
     )
@@ -45,37 +80,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue the study in --out (default: the newest runs/collapse-*); --arms and --seeds may add to it",
     )
+    parser.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write table, figures and report at the end (default); `bitnet-ext collapse report DIR` does it later",
+    )
     parser.add_argument("--list-arms", action="store_true", help="print the arms and stop")
+    parser.add_argument(
+        "--list-blocks", action="store_true", help="print the blocks of the factorial study and stop"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the study that `args` describe, prints the table; returns the exit status."""
-    if args.list_arms:
-        width = max(map(len, ARMS))
-        for arm in ARMS.values():
-            print(f"{arm.name:{width}}  {arm.source:8}  {arm.summary}")
+    if args.list_arms or args.list_blocks:
+        _list(args)
         return 0
     try:
         out = _folder(args)
         config = _config(args, out)
-        print(
-            f"{len(config.arms)} arms x {config.seeds} seed(s) x {config.steps} steps of {config.model} "
-            f"on {resolve_device(args.device)}, data {config.data}, into {out}"
+        print(f"{_plan(config)}, data {config.data}, into {out}")
+        places = max(1, args.processes) * args.together
+        report = run_study(
+            config,
+            out,
+            device=args.device,
+            resume=args.resume,
+            progress=ProgressBars(keep=places == 1),
+            processes=args.processes,
+            together=args.together,
+            report=args.report,
         )
-        report = run_study(config, out, device=args.device, resume=args.resume, progress=ProgressBars())
     except TrainingInterrupted as stop:
         print(f"\n{stop}. Continue with --resume --out {out}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ValueError, OSError, ImportError, TrainingDivergedError) as error:
+    except (ValueError, OSError, ImportError, StudyWorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except RuntimeError as error:
         return report_operator_error(error)
+    if not args.report:
+        print(out)
+        return 0
     print(comparison_table(read_study(out)).text())
     for name in ("summary.csv", "table.md", "figures"):
         print(out / name)
     print(f"report: {report}")
     return 0
+
+
+def _list(args: argparse.Namespace) -> None:
+    if args.list_arms:
+        width = max(map(len, ARMS))
+        for arm in ARMS.values():
+            print(f"{arm.name:{width}}  {arm.source:8}  {arm.summary}")
+    if args.list_blocks:
+        width = max(map(len, FACTORIAL))
+        for block in BLOCKS.values():
+            print(f"{block.key}  {block.title}: {block.question}")
+            for name in block.arms:
+                arm = FACTORIAL[name]
+                print(f"    {name:{width}}  {arm.steps:6,} steps  {arm.summary}")
+
+
+def _plan(config: StudyConfig) -> str:
+    if not config.blocks:
+        return f"{len(config.arms)} arms x {config.seeds} seed(s) x {config.steps} steps of {config.model}"
+    tasks = [task for task in config.tasks() if not task.is_stem]
+    steps = sum(task.steps - task.first_step for task in tasks)
+    return (
+        f"blocks {', '.join(config.blocks)}: {len(config.all_arms())} arms, {len(tasks)} runs, {steps:,} steps "
+        f"of {config.model} and its other widths"
+    )
 
 
 def report_operator_error(error: RuntimeError) -> int:
@@ -98,13 +175,11 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _config(args: argparse.Namespace, out: Path) -> StudyConfig:
-    base = default_config(resolve_device(args.device))
+    base = default_config(resolve_device(args.device.split(",")[0]))
     settings = out / "study.json"
     if args.resume and settings.is_file():  # what is not said again is as it was
         try:
-            saved = json.loads(settings.read_text())["config"]
-            lists = {name: tuple(saved[name]) for name in ("arms", "eval_steps")}
-            base = StudyConfig(**{**saved, **lists})
+            base = config_from_json(json.loads(settings.read_text()))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{settings} is damaged: it must hold the study's config") from error
     given = {
@@ -114,33 +189,67 @@ def _config(args: argparse.Namespace, out: Path) -> StudyConfig:
         "data": args.data,
         "model": args.model,
         "eval_tokens": args.eval_tokens,
+        "blocks": None if args.blocks is None else tuple(args.blocks),
+        "scale": args.scale,
+        "books": args.books,
+        "generation": args.generation,
     }
+    if args.blocks is not None and args.arms is None and not base.blocks:
+        given["arms"] = ()  # blocks instead of the arms that run when nothing is said
     return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
 class ProgressBars:
-    """One bar a run: steps done, loss, unique tokens, steps/s, time left."""
+    """A bar for the study (steps, runs, time left) and one for each run under way (steps, loss, unique tokens).
 
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._unique: int | None = None
+    Args:
+        keep: whether the bars of finished runs stay in view, which suits one run after the other.
+    """
 
-    def run_started(self, arm: str, seed: int, step: int, steps: int) -> None:
-        self._unique = None
-        self._bar = tqdm(
-            total=steps,
+    def __init__(self, keep: bool = True) -> None:
+        self._keep = keep
+        self._study: Any = None
+        self._bars: dict[str, Any] = {}
+        self._unique: dict[str, int] = {}
+        self._runs = self._done = 0
+
+    def study_started(self, runs: int, finished: int, steps: int) -> None:
+        self._runs, self._done = runs, finished
+        self._study = tqdm(
+            total=steps, unit="step", unit_scale=True, dynamic_ncols=True, mininterval=0.5, smoothing=0.05
+        )
+        self._describe()
+
+    def run_started(self, task: Task, step: int) -> None:
+        self._study.update(step - task.first_step)
+        self._bars[task.label] = tqdm(
+            total=task.steps,
             initial=step,
-            desc=f"{arm} seed {seed}",
+            desc=task.label,
             unit="step",
             dynamic_ncols=True,
             mininterval=0.5,
+            leave=self._keep,
         )
 
-    def run_advanced(self, step: int, record: dict[str, Any]) -> None:
-        self._unique = record.get("unique_of_20", self._unique)
-        unique = "-" if self._unique is None else f"{self._unique}/20"
-        self._bar.set_postfix_str(f"loss {record['loss']:.3f}, unique {unique}", refresh=False)
-        self._bar.update(step - self._bar.n)
+    def run_advanced(self, task: Task, step: int, record: dict[str, Any]) -> None:
+        bar = self._bars[task.label]
+        if record.get("unique_of_20") is not None:
+            self._unique[task.label] = record["unique_of_20"]
+        unique = f"{self._unique[task.label]}/20" if task.label in self._unique else "-"
+        bar.set_postfix_str(f"loss {record['loss']:.3f}, unique {unique}", refresh=False)
+        self._study.update(step - bar.n)
+        bar.update(step - bar.n)
 
-    def run_finished(self) -> None:
-        self._bar.close()
+    def run_finished(self, task: Task) -> None:
+        bar = self._bars.pop(task.label, None)
+        if bar is not None:
+            bar.close()
+        if not task.is_stem:
+            self._done += 1
+        self._describe()
+        if self._done == self._runs:
+            self._study.close()
+
+    def _describe(self) -> None:
+        self._study.set_description(f"{self._done} of {self._runs} runs")

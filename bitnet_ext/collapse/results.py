@@ -31,10 +31,13 @@ EVAL_KEYS = (
     "train_loss",
     "train_cross_entropy",
     "grad_norm",
+    "clip_rate",
     "heldout_cross_entropy",
     "unigram_cross_entropy",
     "excess_over_unigram",
     "unique_of_20",
+    "unique_20_random",
+    "unique_20_real",
     "argmax_vocabulary",
     "effective_argmax_vocabulary",
     "predictive_entropy",
@@ -42,6 +45,8 @@ EVAL_KEYS = (
     "mutual_information",
     "kl_to_unigram",
     "logit_std",
+    "accuracy",
+    "top1_probability",
     "head_accuracy",
     "torso_accuracy",
     "tail_accuracy",
@@ -55,6 +60,9 @@ EVAL_KEYS = (
     "ternary_positive",
     "flip_rate",
 )
+
+#: File of a run that ended before its last step because its loss was not a number any more.
+ENDED = "ended.json"
 
 _STEP_NAMES = ("steps", "max_steps", "total_steps", "num_steps")
 
@@ -88,6 +96,7 @@ class Run:
     directory: Path
     planned_steps: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    ended: str | None = None  # why it ended early and will not go on
     train: list[Row] = field(default_factory=list)
     evals: list[Row] = field(default_factory=list)
     times: list[Row] = field(default_factory=list)
@@ -99,7 +108,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last planned step was evaluated (also True when the plan is not known)."""
+        """Whether the last planned step was evaluated (also True when the plan is not known), or it diverged."""
+        if self.ended is not None:
+            return True
         return bool(self.evals) and (self.planned_steps is None or self.last_step >= self.planned_steps)
 
     def nearest(self, step: float) -> Row | None:
@@ -158,12 +169,18 @@ class Study:
         """The last evaluated step of all runs, or -1."""
         return max((run.last_step for run in self.runs), default=-1)
 
+    def planned_seeds(self, arm: str) -> list[int]:
+        """The seeds that an arm is to be run with."""
+        own = self.settings.get("seeds_of")
+        number_of = own.get(arm) if isinstance(own, dict) else None
+        return list(range(number_of)) if isinstance(number_of, int) else self.seeds
+
     @property
     def unfinished(self) -> list[tuple[str, int, int, int | None]]:
         """(arm, seed, last evaluated step or -1, planned steps) of each planned run that is not complete."""
         missing = []
         for arm in self.arms:
-            for seed in self.seeds:
+            for seed in self.planned_seeds(arm):
                 run = next((r for r in self.runs if r.arm == arm and r.seed == seed), None)
                 if run is None:
                     missing.append((arm, seed, -1, planned_steps(self.settings, arm)))
@@ -307,12 +324,14 @@ def read_run(directory: Path, arm: str, seed: int, default_steps: int | None = N
     steps = default_steps
     if steps is None:
         steps = next((found for name in _STEP_NAMES if (found := _find_number(config, name))), None)
+    ended = _read_object(directory / ENDED).get("reason", "") if (directory / ENDED).is_file() else None
     return Run(
         arm,
         seed,
         directory,
         steps,
         config,
+        ended,
         _by_step(rows, "train"),
         _by_step(rows, "eval"),
         _by_step(rows, "time"),

@@ -6,27 +6,29 @@ are compared pair by pair.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 
 from bitnet_ext import build_info
-from bitnet_ext.collapse.arms import ARMS, arm_config, get_arm
-from bitnet_ext.collapse.evaluator import CollapseEvaluator
+from bitnet_ext.collapse.arms import ARMS, Arm, get_arm
+from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL, HEADLINE, HEADLINE_EXTRA, arms_of
 from bitnet_ext.collapse.report import write_outputs
-from bitnet_ext.data.corpora import Corpus, load_corpus
-from bitnet_ext.data.statistics import unigram_log_probs
-from bitnet_ext.models import BitNetForCausalLM, preset
-from bitnet_ext.training import Trainer
-from bitnet_ext.training.checkpoint import latest_checkpoint, read_checkpoint, write_text_atomic
+from bitnet_ext.collapse.runs import Task, corpus_of
+from bitnet_ext.collapse.schedule import Progress, Schedule
+from bitnet_ext.collapse.workers import run_schedule
+from bitnet_ext.data.corpora import Corpus
+from bitnet_ext.models import preset
+from bitnet_ext.training.checkpoint import write_text_atomic
 from bitnet_ext.training.device import resolve_device
 
 #: What a run without settings does on a CPU: the arms that tell the story, in under ten minutes on two cores.
@@ -35,21 +37,34 @@ CPU_STEPS = 400
 CPU_EVAL_TOKENS = 2048
 #: And on a GPU: every arm, as long as the report's runs.
 GPU_STEPS = 10_000
-GPU_EVAL_TOKENS = 16_384
+GPU_EVAL_TOKENS = 8_192
+
+
+class Silent:
+    """Hears of a study and says nothing."""
+
+    def study_started(self, runs: int, finished: int, steps: int) -> None: ...
+    def run_started(self, task: Task, step: int) -> None: ...
+    def run_advanced(self, task: Task, step: int, record: dict[str, Any]) -> None: ...
+    def run_finished(self, task: Task) -> None: ...
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What to run.
+    """What to run: named arms for one number of steps, or blocks of the factorial study.
 
     Attributes:
-        arms: names from ARMS.
-        steps: of each run.
-        seeds: number of seeds, 0 .. seeds - 1.
+        arms: names of arms; with blocks, arms of blocks beyond those of `blocks`.
+        steps: of each run, where the arm has no length of its own.
+        seeds: number of seeds, 0 .. seeds - 1; the headline arms of the factorial study have 4 more.
         data: corpus name or path.
         model: preset of the network.
         eval_tokens: held-out predictions of each evaluation.
         eval_steps: evaluated steps; empty for log-spaced ones.
+        blocks: keys of ``bitnet_ext.collapse.blocks.BLOCKS``.
+        scale: shortens (or lengthens) every run of the blocks, as a share of its steps: to try a study out.
+        books: corpus name or path of the second, larger text, which block F needs.
+        generation: whether text is generated and measured at the end of each run (half a minute a run on a CPU).
     """
 
     arms: tuple[str, ...]
@@ -59,35 +74,93 @@ class StudyConfig:
     model: str = "collapse-256"
     eval_tokens: int = GPU_EVAL_TOKENS
     eval_steps: tuple[int, ...] = ()
+    blocks: tuple[str, ...] = ()
+    scale: float = 1.0
+    books: str | None = None
+    generation: bool = True
 
     def __post_init__(self) -> None:
-        for name in self.arms:
-            get_arm(name)
-        if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise ValueError(f"arms must be one or more different names, got {list(self.arms)}")
         for name in ("steps", "seeds", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not self.scale > 0:
+            raise ValueError(f"scale must be > 0, got {self.scale}")
+        if len(set(self.arms)) != len(self.arms) or not (self.arms or self.blocks):
+            raise ValueError(f"arms must be one or more different names, got {list(self.arms)}")
+        for arm in self.all_arms():
+            if arm.books and self.books is None:
+                raise ValueError(f"arm {arm.name} reads a second text: books must name a corpus or a file")
 
+    def all_arms(self) -> list[Arm]:
+        """The arms, with those of the blocks."""
+        if not self.blocks:
+            return [get_arm(name) for name in self.arms]
+        names = dict.fromkeys([*arms_of(self.blocks), *self.arms])
+        unknown = [name for name in names if name not in FACTORIAL]
+        if unknown:
+            raise ValueError(f"arm {unknown[0]!r} is unknown; accepted are {', '.join(FACTORIAL)}")
+        return [self._scaled(FACTORIAL[name]) for name in names]
 
-class StudyProgress(Protocol):
-    """What a front end hears of a study."""
+    def _scaled(self, arm: Arm) -> Arm:
+        if self.scale == 1.0 or arm.steps is None:
+            return arm
+        first = None if arm.start is None else (arm.start[0], max(1, round(self.scale * arm.start[1])))
+        steps = max(1 if first is None else first[1] + 1, round(self.scale * arm.steps))
+        return dataclasses.replace(arm, steps=steps, start=first)
 
-    def run_started(self, arm: str, seed: int, step: int, steps: int) -> None: ...
-    def run_advanced(self, step: int, record: dict[str, Any]) -> None: ...
-    def run_finished(self) -> None: ...
+    def seeds_of(self, arm: str) -> int:
+        """How many seeds an arm is run with."""
+        return self.seeds + (HEADLINE_EXTRA if self.blocks and arm in HEADLINE else 0)
+
+    def steps_of(self, arm: Arm) -> int:
+        return self.steps if arm.steps is None else arm.steps
+
+    def tasks(self) -> Iterator[Task]:
+        """Every run, seeds outermost, so that an interrupted study has whole comparisons; stems before their runs."""
+        arms = self.all_arms()
+        for seed in range(max(self.seeds_of(arm.name) for arm in arms)):
+            here = [arm for arm in arms if seed < self.seeds_of(arm.name)]
+            starts: dict[str, set[int]] = {}
+            for arm in here:
+                if arm.start is not None:
+                    starts.setdefault(arm.start[0], set()).add(arm.start[1])
+            for name, steps in starts.items():
+                stem = self._task(self._scaled(FACTORIAL[name]), seed)
+                yield dataclasses.replace(
+                    stem, steps=max(steps), eval_steps=(), snapshot_steps=tuple(sorted(steps))
+                )
+            for arm in here:
+                yield self._task(arm, seed)
+
+    def _task(self, arm: Arm, seed: int) -> Task:
+        steps = self.steps_of(arm)
+        first = 0 if arm.start is None else arm.start[1]
+        marks = self.eval_steps or tuple(first + mark for mark in log_spaced_steps(steps - first))
+        data = self.books if arm.books and self.books is not None else self.data
+        return Task(
+            arm,
+            seed,
+            steps,
+            arm.model or self.model,
+            data,
+            self.eval_tokens,
+            marks,
+            generation=self.generation,
+            keep_model=not self.blocks,  # the hundreds of runs of the factorial study would fill a disk
+        )
 
 
 def default_config(device: torch.device) -> StudyConfig:
     """The comparison that runs when nothing is said."""
     if device.type == "cuda":
         return StudyConfig(arms=tuple(ARMS), steps=GPU_STEPS)
-    return StudyConfig(arms=CPU_ARMS, steps=CPU_STEPS, eval_tokens=CPU_EVAL_TOKENS)
+    return StudyConfig(arms=CPU_ARMS, steps=CPU_STEPS, eval_tokens=CPU_EVAL_TOKENS, generation=False)
 
 
 def log_spaced_steps(steps: int) -> tuple[int, ...]:
-    """1, 2, 5, 10, 20, 50, 100, 150, 200, 300, ... 1000, then every 250, and the last."""
-    marks = [1, 2, 5, 10, 20, 50, 100, 150, *range(200, 1000, 100), *range(1000, steps + 1, 250), steps]
+    """1, 2, 5, 10, 20, 50, 100, 150, 200, 300, ... 1000, then every 500, from 5,000 on every 1,000, and the last."""
+    marks = [1, 2, 5, 10, 20, 50, 100, 150, *range(200, 1000, 100), *range(1000, 5000, 500)]
+    marks += [*range(5000, steps + 1, 1000), steps]
     return tuple(sorted({mark for mark in marks if mark <= steps}))
 
 
@@ -97,25 +170,35 @@ def run_study(
     *,
     device: str = "auto",
     resume: bool = False,
-    progress: StudyProgress | None = None,
+    progress: Progress | None = None,
     command: str | None = None,
+    processes: int = 0,
+    together: int = 1,
+    report: bool = True,
 ) -> Path:
     """Runs what is not finished yet and returns the path of report.html.
 
     Args:
-        config: of the study. On resume it may name more arms or seeds than before, nothing else.
+        config: of the study. On resume it may name more arms, blocks or seeds than before, nothing else.
         out: folder of the study.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", "cuda:N", or several of the latter, separated by commas.
         resume: continue in a folder that holds a study.
         progress: hears of every block of steps.
         command: the command line, for the report.
+        processes: that share the runs, for each device; 0 for this one only.
+        together: runs at a time in each process; on a GPU each has a stream. Neither number changes any result.
+        report: whether table, figures and report are written; without, the study's folder is returned.
 
     Raises:
         FileExistsError: out holds a study and resume is False.
         ValueError: bad settings; settings that differ from the study's on resume.
         TrainingInterrupted: Ctrl-C; the report of what was done is written first.
     """
-    target = resolve_device(device)
+    targets = _devices(device)
+    if processes < 0 or together < 1:
+        raise ValueError(f"processes must be >= 0 and together >= 1, got {processes} and {together}")
+    if len(targets) > 1 and processes == 0:
+        raise ValueError("several devices need processes >= 1: each device has processes of its own")
     settings_path = out / "study.json"
     if settings_path.exists():
         if not resume:
@@ -123,20 +206,59 @@ def run_study(
                 f"{out} already holds a study: continue it with --resume, or choose another --out"
             )
         config = _merge(config, json.loads(settings_path.read_text()), settings_path)
-    corpus = load_corpus(config.data)
-    model_config = preset(config.model)
-    corpus.check_vocab(model_config.vocab_size)
+    corpora = {
+        task.data: corpus_of(task.data) for task in config.tasks()
+    }  # tokenised before processes ask for them
+    for task in config.tasks():
+        corpora[task.data].check_vocab(preset(task.model).vocab_size)
     out.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(settings_path, json.dumps(_settings(config, corpus, target, command), indent=1))
-    unigram = unigram_log_probs(corpus.train, model_config.vocab_size)
+    write_text_atomic(settings_path, json.dumps(_settings(config, corpora, targets[0], command), indent=1))
+    schedule = Schedule(config.tasks(), out)
+    front = progress or Silent()
+    front.study_started(schedule.number_of_runs, len(schedule.finished), schedule.steps_left)
+    session = _Session(out, schedule, [str(target) for target in targets], processes, together)
     try:
-        for arm, seed in _runs(config):
-            _run(config, arm, seed, out, corpus, unigram, target, progress)
+        run_schedule(schedule, out, devices=targets, together=together, processes=processes, progress=front)
     except BaseException:
-        if any(out.glob("*/seed*/metrics.jsonl")):
+        session.write()
+        if report and any(out.glob("*/seed*/metrics.jsonl")):
             _write_results_quietly(out)
         raise
-    return write_outputs(out)["report"]
+    session.write()
+    return write_outputs(out)["report"] if report else out
+
+
+def _devices(device: str) -> list[torch.device]:
+    """The devices that a comma-separated text names."""
+    return [resolve_device(name) for name in device.split(",")]
+
+
+class _Session:
+    """A line of sessions.jsonl: how long one call worked on a study, where, with what."""
+
+    def __init__(
+        self, out: Path, schedule: Schedule, devices: list[str], processes: int, together: int
+    ) -> None:
+        self._path = out / "sessions.jsonl"
+        self._schedule, self._started = schedule, time.time()
+        self._before = len(schedule.finished)
+        name = (
+            torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else platform.processor()
+        )
+        self._facts = {"devices": devices, "name": name, "processes": processes, "together": together}
+
+    def write(self) -> None:
+        seconds = time.time() - self._started
+        line = {
+            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
+            "seconds": round(seconds, 1),
+            "runs": len(self._schedule.finished) - self._before,
+            **self._facts,
+            "bitnet_ext": build_info()["version"],
+            "torch": torch.__version__,
+        }
+        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def _write_results_quietly(out: Path) -> None:
@@ -147,82 +269,23 @@ def _write_results_quietly(out: Path) -> None:
         print(f"no report yet: {error}", file=sys.stderr)
 
 
-def _runs(config: StudyConfig) -> Iterator[tuple[str, int]]:
-    """Seeds outermost: an interrupted study has whole comparisons."""
-    for seed in range(config.seeds):
-        for arm in config.arms:
-            yield arm, seed
-
-
-def _run(
-    config: StudyConfig,
-    arm: str,
-    seed: int,
-    out: Path,
-    corpus: Corpus,
-    unigram: np.ndarray,
-    device: torch.device,
-    progress: StudyProgress | None,
-) -> None:
-    run_dir = out / arm / f"seed{seed}"
-    existing = latest_checkpoint(run_dir / "checkpoint")
-    if existing is not None and read_checkpoint(existing).step >= config.steps:
-        return
-    train_config = arm_config(
-        arm,
-        config.steps,
-        seed,
-        checkpoint_seconds=60.0,
-        final_checkpoint="model",  # a third of the disk space; the moments are of no use at the end
-    )
-    model = BitNetForCausalLM(preset(config.model, quantization=get_arm(arm).quantization), seed=seed)
-    evaluator = CollapseEvaluator(
-        corpus.heldout, unigram, seq_len=train_config.seq_len, max_tokens=config.eval_tokens, device=device
-    )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    content = {"arm": arm, "seed": seed, "model": model.config.to_dict(), "train": train_config.to_dict()}
-    write_text_atomic(run_dir / "config.json", json.dumps(content, indent=1))
-    trainer = Trainer(
-        model,
-        train_config,
-        corpus.train,
-        run_dir=run_dir,
-        device=device,
-        evaluator=evaluator,
-        eval_steps=config.eval_steps or log_spaced_steps(config.steps),
-    )
-    start = 0 if existing is None else int(existing.name.split("-")[1])
-    if progress is not None:
-        progress.run_started(arm, seed, start, config.steps)
-    on_progress: Callable[[int, dict[str, Any]], None] | None = progress.run_advanced if progress else None
-    try:
-        trainer.fit(resume=True, on_progress=on_progress)
-    finally:
-        if progress is not None:
-            progress.run_finished()
-
-
 def _settings(
-    config: StudyConfig, corpus: Corpus, device: torch.device, command: str | None
+    config: StudyConfig, corpora: dict[str, Corpus], device: torch.device, command: str | None
 ) -> dict[str, Any]:
+    corpus = corpora[config.data] if config.data in corpora else next(iter(corpora.values()))
+    arms = config.all_arms()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     info = build_info()
     return {
         "config": dataclasses.asdict(config),
-        "arms": {
-            arm: {"summary": get_arm(arm).summary, "source": get_arm(arm).source} for arm in config.arms
-        },
+        "arms": {arm.name: {"summary": arm.summary, "source": arm.source} for arm in arms},
+        "blocks": {key: dataclasses.asdict(BLOCKS[key]) for key in config.blocks},
         "seeds": list(range(config.seeds)),
-        "steps": config.steps,
+        "seeds_of": {arm.name: config.seeds_of(arm.name) for arm in arms},
+        "steps": {arm.name: config.steps_of(arm) for arm in arms},
         "vocab_size": corpus.vocab_size,
-        "data": {
-            "name": corpus.name,
-            "description": corpus.description,
-            "source": corpus.source,
-            "fingerprint": corpus.fingerprint,
-            "train_tokens": len(corpus.train),
-            "heldout_tokens": len(corpus.heldout),
-        },
+        "data": _about(corpus),
+        "books": _about(corpora[config.books]) if config.books in corpora else None,
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
         "versions": {
             "bitnet_ext": info["version"],
@@ -234,18 +297,45 @@ def _settings(
     }
 
 
+def _about(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "name": corpus.name,
+        "description": corpus.description,
+        "source": corpus.source,
+        "fingerprint": corpus.fingerprint,
+        "train_tokens": len(corpus.train),
+        "heldout_tokens": len(corpus.heldout),
+    }
+
+
 def _merge(config: StudyConfig, saved: dict[str, Any], path: Path) -> StudyConfig:
-    """The study in the folder, with the arms and seeds that `config` adds."""
+    """The study in the folder, with the arms, blocks and seeds that `config` adds."""
     try:
-        before = {**saved["config"], "eval_steps": tuple(saved["config"]["eval_steps"])}
-        old_arms, old_seeds = tuple(before.pop("arms")), int(before.pop("seeds"))
-    except (KeyError, TypeError) as error:
+        before = config_from_json(saved)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: it must hold the study's config") from error
-    for name, value in before.items():
-        if getattr(config, name) != value:
+    for field in dataclasses.fields(StudyConfig):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        if field.name not in ("arms", "seeds", "blocks", "books") and old != new:
             raise ValueError(
-                f"--resume: {name} is {getattr(config, name)!r}, but the study in {path.parent} has {value!r}; "
-                "only arms and seeds can be added"
+                f"--resume: {field.name} is {new!r}, but the study in {path.parent} has {old!r}; "
+                "only arms, blocks and seeds can be added"
             )
-    arms = old_arms + tuple(arm for arm in config.arms if arm not in old_arms)
-    return dataclasses.replace(config, arms=arms, seeds=max(old_seeds, config.seeds))
+    if bool(before.blocks) != bool(config.blocks):
+        raise ValueError(f"--resume: the study in {path.parent} has {'' if before.blocks else 'no '}blocks")
+    if before.books is not None and config.books not in (None, before.books):
+        raise ValueError(f"--resume: books is {config.books!r}, but the study has {before.books!r}")
+    return dataclasses.replace(
+        before,
+        arms=tuple(dict.fromkeys([*before.arms, *config.arms])),
+        blocks=tuple(key for key in BLOCKS if key in {*before.blocks, *config.blocks}),
+        seeds=max(before.seeds, config.seeds),
+        books=before.books or config.books,
+    )
+
+
+def config_from_json(settings: dict[str, Any]) -> StudyConfig:
+    """The StudyConfig that study.json holds; KeyError, TypeError or ValueError when it is damaged."""
+    saved = settings["config"]
+    lists = {name: tuple(saved.get(name, ())) for name in ("arms", "eval_steps", "blocks")}
+    return StudyConfig(**{**saved, **lists})

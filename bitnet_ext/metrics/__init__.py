@@ -1,13 +1,18 @@
-"""Measures of what a language model predicts and of the network behind it. Nothing here needs a gradient.
+"""Measures of what a language model predicts and of the network behind it. Nothing here computes a gradient.
 
 ``distribution``  cross-entropy, entropies, mutual information, KL to the unigram, accuracy by word frequency
-``diversity``     the unique-of-20 count, effective sizes, rarefaction, distinct-n, seq-rep-n
-``ternary``       fractions of -1 / 0 / +1 and the share of codes that flip
-``network``       mean absolute values of gains, embedding, head and latent weights
+``diversity``     the unique-of-20 count, distinct-n, seq-rep-n
+``generation``    generated text: distinct-n, seq-rep-4, Zipf exponent
+``rarefaction``   sizes of a histogram that do not depend on the size of the sample
+``ternary``       fractions of -1 / 0 / +1, the share of codes that flip, distances to the thresholds
+``network``       sizes of gains, embedding, head and latent weights, over all and by word frequency
+``decay``         where weight decay outweighs the gradient
+``evaluation``    eval mode for as long as something is measured
 """
 
 from __future__ import annotations
 
+from bitnet_ext.metrics.decay import DecayTerms, decay_dominates, decay_shares
 from bitnet_ext.metrics.distribution import (
     FREQUENCY_BINS,
     PredictionStatistics,
@@ -17,31 +22,54 @@ from bitnet_ext.metrics.distribution import (
 )
 from bitnet_ext.metrics.diversity import (
     distinct_n,
-    effective_size,
+    expected_unique,
     fixed_prompts,
-    rarefied_unique,
+    last_predictions,
     seq_rep_n,
     unique_predictions,
 )
-from bitnet_ext.metrics.network import weight_norms
-from bitnet_ext.metrics.ternary import PackedCodes, code_fractions, flip_rate, packed_codes, ternary_fractions
+from bitnet_ext.metrics.evaluation import evaluation_mode
+from bitnet_ext.metrics.generation import continuation_metrics, heldout_prompts, zipf_exponent
+from bitnet_ext.metrics.network import ROW_BINS, row_bins, row_norms, weight_norms
+from bitnet_ext.metrics.rarefaction import effective_size, rarefied_unique
+from bitnet_ext.metrics.ternary import (
+    PackedCodes,
+    code_fractions,
+    flip_rate,
+    packed_codes,
+    ternary_fractions,
+    threshold_statistics,
+)
 
 __all__ = [
     "FREQUENCY_BINS",
+    "ROW_BINS",
+    "DecayTerms",
     "PackedCodes",
     "PredictionStatistics",
     "code_fractions",
+    "continuation_metrics",
+    "decay_dominates",
+    "decay_shares",
     "distinct_n",
     "effective_size",
     "evaluate_heldout",
+    "evaluation_mode",
+    "expected_unique",
     "fixed_prompts",
     "flip_rate",
     "frequency_bins",
+    "heldout_prompts",
     "heldout_rows",
+    "last_predictions",
     "packed_codes",
     "rarefied_unique",
+    "row_bins",
+    "row_norms",
     "seq_rep_n",
     "ternary_fractions",
+    "threshold_statistics",
     "unique_predictions",
     "weight_norms",
+    "zipf_exponent",
 ]

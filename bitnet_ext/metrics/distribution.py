@@ -12,14 +12,14 @@ it has.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bitnet_ext import ops
+from bitnet_ext.metrics.evaluation import evaluation_mode
+from bitnet_ext.metrics.rarefaction import rarefied_unique
 
 #: Training-unigram mass at which the head of the vocabulary ends and the tail begins.
 FREQUENCY_BINS = (0.5, 0.9)
@@ -96,9 +96,9 @@ class PredictionStatistics:
         self.positions = 0
         self._unigram_log_probs = log_probs.to(self.device)
         self._bins = frequency_bins(log_probs).to(self.device)
-        # fp64 sums over positions: cross-entropy, unigram cross-entropy, entropy, logit std; then a count of
-        # rows that are not finite.
-        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        # fp64 sums over positions: cross-entropy, unigram cross-entropy, entropy, logit std, probability of the
+        # argmax; then a count of rows that are not finite.
+        self._sums = torch.zeros(6, dtype=torch.float64, device=self.device)
         self._mass = torch.zeros(vocab_size, dtype=torch.float64, device=self.device)
         self._argmax_counts = torch.zeros(vocab_size, dtype=torch.int64, device=self.device)
         self._bin_counts = torch.zeros(2, len(FREQUENCY_BINS) + 1, dtype=torch.int64, device=self.device)
@@ -130,6 +130,7 @@ class PredictionStatistics:
         logits = logits.detach().contiguous()
         lse, target_logit, mean_logit, expected_logit, argmax = ops.softmax_stats(logits, target)
         centred_norm = self._accumulate_mass(logits, lse, mean_logit)
+        top_logit = logits.gather(1, argmax[:, None])[:, 0]
 
         self.positions += target.numel()
         self._sums += torch.stack(
@@ -138,6 +139,7 @@ class PredictionStatistics:
                 -self._unigram_log_probs[target].sum(),
                 (lse - expected_logit).double().sum(),
                 centred_norm.double().sum() / math.sqrt(self.vocab_size),
+                (top_logit.double() - lse).exp().sum(),
                 (~(torch.isfinite(lse) & torch.isfinite(expected_logit))).double().sum(),
             ]
         )
@@ -175,7 +177,12 @@ class PredictionStatistics:
             argmax_vocabulary: distinct argmaxes over all positions; effective_argmax_vocabulary: exp of the
                 entropy of their histogram. Both grow with the number of positions, and both are large for a
                 dead network, whose argmax is rounding noise: read them only beside cross-entropy and mutual
-                information.
+                information. unique_20_real: distinct argmaxes to expect among 20 of the positions
+                (:func:`bitnet_ext.metrics.rarefied_unique`), which does not depend on their number; None when there
+                are fewer than 20.
+            accuracy: share of right argmaxes. top1_probability: the mean probability of the argmax; it equals the
+                accuracy of a calibrated model (Guo et al. 2017, arXiv:1706.04599) and is above it for one that is too
+                sure.
             head_accuracy, torso_accuracy, tail_accuracy: share of right argmaxes where the target lies in
                 that bin of :func:`frequency_bins`; None where no target does.
             When some logits were NaN or infinite, every number that depends on the model is NaN.
@@ -187,12 +194,13 @@ class PredictionStatistics:
             raise ValueError(
                 "PredictionStatistics.result needs at least one position; update was never given any"
             )
-        cross_entropy, unigram, entropy, logit_std, nonfinite = (self._sums / self.positions).tolist()
+        cross_entropy, unigram, entropy, logit_std, top, nonfinite = (self._sums / self.positions).tolist()
         mass = self._mass / self._mass.sum()
         log_mass = torch.where(mass > 0, mass, torch.ones_like(mass)).log()
         marginal = float(-(mass * log_mass).sum())
         kl_to_unigram = float((mass * (log_mass - self._unigram_log_probs)).sum())
-        counts = self._argmax_counts[self._argmax_counts > 0].double() / self.positions
+        occurrences = self._argmax_counts[self._argmax_counts > 0]
+        counts = occurrences.double() / self.positions
         effective = float(torch.exp(-(counts * counts.log()).sum()))
         in_bin, right = self._bin_counts.tolist()
         accuracy = [r / n if n else None for r, n in zip(right, in_bin, strict=True)]
@@ -207,6 +215,9 @@ class PredictionStatistics:
             "logit_std": logit_std,
             "argmax_vocabulary": counts.numel(),
             "effective_argmax_vocabulary": effective,
+            "unique_20_real": rarefied_unique(occurrences, 20) if self.positions >= 20 else None,
+            "accuracy": sum(right) / self.positions,
+            "top1_probability": top,
             "head_accuracy": accuracy[0],
             "torso_accuracy": accuracy[1],
             "tail_accuracy": accuracy[2],
@@ -246,21 +257,6 @@ def heldout_rows(tokens: np.ndarray, seq_len: int, max_tokens: int) -> np.ndarra
     rows = max(1, min(max_tokens // seq_len, last_start // seq_len + 1))
     starts = [last_start * i // (rows - 1) for i in range(rows)] if rows > 1 else [0]
     return np.stack([np.asarray(tokens[start : start + seq_len + 1], dtype=np.int64) for start in starts])
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module into eval mode without gradients, and gives each its own mode back, also after an
-    error.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def evaluate_heldout(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitnet_ext.metrics.distribution import evaluation_mode
+from bitnet_ext.metrics.evaluation import evaluation_mode
+from bitnet_ext.metrics.rarefaction import rarefied_unique
 
 
 def fixed_prompts(vocab_size: int, count: int = 20, length: int = 8, seed: int = 0) -> Tensor:
@@ -30,20 +30,15 @@ def fixed_prompts(vocab_size: int, count: int = 20, length: int = 8, seed: int =
     )
 
 
-def unique_predictions(model: nn.Module, prompts: Tensor) -> int | None:
-    """How many distinct tokens the model's greedy argmax picks at the last position of the prompts.
-
-    The maximum is the number of prompts (20 by default), by construction. It is never a verdict by itself: an
-    untrained network scores 20, a network whose logits have all become equal scores 13 to 17 of 20 (the
-    argmax of rounding noise), and a network that is learning well can score 3. Read it beside held-out
-    cross-entropy and mutual information (:mod:`bitnet_ext.metrics.distribution`).
+def last_predictions(model: nn.Module, prompts: Tensor) -> Tensor | None:
+    """The model's greedy argmax at the last position of each prompt, int64 [count].
 
     Args:
         model: has ``hidden_states(input_ids) -> [B, T, H]`` and ``head_weight`` [V, H].
         prompts: int64 [count, length].
 
     Returns:
-        1..count, or None when the logits hold NaN, because then there is no prediction to count.
+        None when the logits hold NaN, because then there is no prediction.
     """
     if prompts.dim() != 2 or prompts.numel() == 0 or prompts.dtype != torch.int64:
         raise ValueError(
@@ -53,65 +48,40 @@ def unique_predictions(model: nn.Module, prompts: Tensor) -> int | None:
     with evaluation_mode(model):
         hidden: Tensor = model.hidden_states(prompts.to(head.device))  # type: ignore[operator]
         logits = hidden[:, -1] @ head.to(hidden.dtype).t()
-        if bool(torch.isnan(logits).any()):
-            return None
-        return int(torch.unique(logits.argmax(-1)).numel())
+        return None if bool(torch.isnan(logits).any()) else logits.argmax(-1)
 
 
-def _positive_counts(counts: Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
-    values = counts.detach().cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
-    values = values.astype(np.float64).reshape(-1)
-    if values.size and (not np.isfinite(values).all() or values.min() < 0):
-        raise ValueError(
-            "counts must be numbers of occurrences, 0 or more; got a negative or non-finite value"
-        )
-    values = values[values > 0]
-    if values.size == 0:
-        raise ValueError("counts must hold at least one occurrence; got none")
-    return values
+def unique_predictions(model: nn.Module, prompts: Tensor) -> int | None:
+    """How many distinct tokens the model's greedy argmax picks at the last position of the prompts.
 
-
-def effective_size(counts: Tensor | np.ndarray | Sequence[int]) -> float:
-    """exp of the Shannon entropy of a histogram: the number of equally frequent classes with the same
-    entropy.
-
-    1 when one class takes everything, the number of classes when all are equal (Hill 1973, order 1).
+    The maximum is the number of prompts (20 by default), by construction. It is never a verdict by itself: an
+    untrained network scores 20, a network whose logits have all become equal scores 13 to 17 of 20 (the
+    argmax of rounding noise), and a network that is learning well can score 3. Read it beside held-out
+    cross-entropy and mutual information (:mod:`bitnet_ext.metrics.distribution`).
 
     Args:
-        counts: occurrences of each class, any shape.
+        model, prompts: see :func:`last_predictions`.
+
+    Returns:
+        1..count, or None when the logits hold NaN.
     """
-    share = _positive_counts(counts)
-    share = share / share.sum()
-    return float(math.exp(-(share * np.log(share)).sum()))
+    predictions = last_predictions(model, prompts)
+    return None if predictions is None else int(torch.unique(predictions).numel())
 
 
-def rarefied_unique(counts: Tensor | np.ndarray | Sequence[int], sample: int) -> float:
-    """Expected number of distinct classes among ``sample`` occurrences drawn without replacement (Hurlbert
-    1971).
+def expected_unique(model: nn.Module, prompts: Tensor, sample: int = 20) -> float | None:
+    """:func:`unique_predictions` of `sample` prompts, expected over all choices of them from `prompts`.
 
-    E = sum_v [1 - C(N - N_v, sample) / C(N, sample)] with N_v the counts and N their sum. It makes counts
-    from different numbers of positions comparable: distinct values always grow with the number looked at.
+    From 256 prompts of random ids it says what the count of 20 says, with a fraction of its chance
+    (:func:`rarefied_unique`).
 
-    Args:
-        counts: occurrences of each class, any shape. sample: at most their sum.
+    Returns:
+        1..sample, or None when the logits hold NaN.
     """
-    occurrences = _positive_counts(counts)
-    total = int(occurrences.sum())
-    if not 1 <= sample <= total:
-        raise ValueError(f"sample must lie in [1, {total}] (the number of occurrences); got {sample}")
-
-    def log_choose(n: float) -> float:
-        return math.lgamma(n + 1) - math.lgamma(sample + 1) - math.lgamma(n - sample + 1)
-
-    all_samples = log_choose(total)
-    values, multiplicity = np.unique(occurrences, return_counts=True)
-    expected = 0.0
-    for value, number in zip(values.tolist(), multiplicity.tolist(), strict=True):
-        rest = total - value
-        # Without `value` occurrences fewer than `sample` are left: the class is in every sample.
-        missing = math.exp(log_choose(rest) - all_samples) if rest >= sample else 0.0
-        expected += number * (1.0 - missing)
-    return expected
+    predictions = last_predictions(model, prompts)
+    if predictions is None:
+        return None
+    return rarefied_unique(torch.unique(predictions, return_counts=True)[1], sample)
 
 
 def _ngrams(sequence: Sequence[int] | Tensor, n: int) -> list[tuple[int, ...]]:

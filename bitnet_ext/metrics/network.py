@@ -1,10 +1,11 @@
-"""Sizes of a model's parameters: the quantities that a coupled L2 penalty drives to zero."""
+"""Sizes of a model's parameters, over all and by the frequency of their token: what an L2 penalty drives to zero."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from bitnet_ext.metrics.distribution import frequency_bins
 from bitnet_ext.nn import BitLinear, RMSNorm
 
 
@@ -52,3 +53,49 @@ def weight_norms(model: nn.Module) -> dict[str, float | None]:
         total = sum(next(totals) for _ in group)
         result[name] = total / sum(tensor.numel() for tensor in group) if group else None
     return result
+
+
+#: Names of the bins of :func:`row_norms`: those of :func:`frequency_bins`, and ids the training text does not have.
+ROW_BINS = ("head", "torso", "tail", "unseen")
+
+
+def row_bins(unigram_log_probs: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Bin of each id for :func:`row_norms`: 0 head, 1 torso, 2 tail, 3 unseen, int64 [V].
+
+    Args:
+        unigram_log_probs: [V], see :func:`bitnet_ext.metrics.frequency_bins`.
+        seen: bool [V], whether the training text has the id; None for all.
+    """
+    bins = frequency_bins(unigram_log_probs)
+    return bins if seen is None else torch.where(seen.to(bins.device), bins, len(ROW_BINS) - 1)
+
+
+@torch.no_grad()
+def row_norms(model: nn.Module, bins: Tensor) -> dict[str, float | None]:
+    """Mean Euclidean norm of the rows of embedding and head, by the frequency of their token.
+
+    Args:
+        model: has ``embed_tokens`` and ``head_weight``. bins: int64 [V] of :func:`row_bins`, on its device.
+
+    Returns:
+        embedding_norm_<bin> and lm_head_norm_<bin> for the bins of ``ROW_BINS``; None where no id is in a bin.
+    """
+    matrices: dict[str, Tensor] = {
+        "embedding": model.embed_tokens.weight,  # type: ignore[dict-item, union-attr]
+        "lm_head": model.head_weight,  # type: ignore[dict-item]
+    }
+    counts = torch.bincount(bins, minlength=len(ROW_BINS)).double()
+    sums = [
+        torch.zeros(len(ROW_BINS), dtype=torch.float64, device=bins.device).index_add_(
+            0,
+            bins,
+            torch.linalg.vector_norm(matrix.detach().float(), dim=1).double(),
+        )
+        for matrix in matrices.values()
+    ]
+    table = torch.stack([counts, *sums]).tolist()
+    return {
+        f"{name}_norm_{bin_name}": total / count if count else None
+        for name, totals in zip(matrices, table[1:], strict=True)
+        for bin_name, count, total in zip(ROW_BINS, table[0], totals, strict=True)
+    }

@@ -16,6 +16,20 @@ from bitnet_ext import ops
 from bitnet_ext.nn import BitLinear
 
 _TERNARY = "b1.58"
+#: The quantiser's lower bound of absmean (b1.58 paper, eq. 3): below it every code is 0.
+ABSMEAN_CLAMP = 1e-5
+#: |w| / absmean at which a code changes between 0 and 1.
+THRESHOLD = 0.5
+#: Distance from the threshold at which a weight counts as near it.
+NEAR = 0.05
+
+# How often each 2-bit value occurs in each byte, int64 [256, 4].
+_FIELDS_OF_BYTE = torch.tensor(
+    [
+        [sum((byte >> shift) & 3 == value for shift in (0, 2, 4, 6)) for value in range(4)]
+        for byte in range(256)
+    ]
+)
 
 
 class PackedCodes(NamedTuple):
@@ -42,14 +56,11 @@ def packed_codes(model: nn.Module) -> list[PackedCodes]:
     return snapshot
 
 
-def _field_histogram(packed: Tensor) -> list[int]:
-    """How often each 2-bit value 0..3 occurs: a histogram of the bytes, then four fields a byte."""
-    by_byte = torch.bincount(packed.reshape(-1), minlength=256).tolist()
-    fields = [0, 0, 0, 0]
-    for byte, number in enumerate(by_byte):
-        for shift in (0, 2, 4, 6):
-            fields[(byte >> shift) & 3] += number
-    return fields
+def _field_histograms(packed: Sequence[Tensor]) -> list[list[int]]:
+    """How often each 2-bit value 0..3 occurs in each tensor: histograms of the bytes, then four fields a byte."""
+    by_byte = torch.stack([torch.bincount(p.reshape(-1), minlength=256) for p in packed])
+    histograms: list[list[int]] = (by_byte.cpu() @ _FIELDS_OF_BYTE).tolist()
+    return histograms
 
 
 def code_fractions(codes: Sequence[PackedCodes]) -> dict[str, float | None]:
@@ -57,8 +68,9 @@ def code_fractions(codes: Sequence[PackedCodes]) -> dict[str, float | None]:
     if not codes:
         return {"ternary_negative": None, "ternary_zero": None, "ternary_positive": None}
     negative = zero = positive = total = 0
-    for layer in codes:
-        minus, null, plus, _ = _field_histogram(layer.packed)
+    for layer, (minus, null, plus, _) in zip(
+        codes, _field_histograms([c.packed for c in codes]), strict=True
+    ):
         padding = 4 * layer.packed.numel() - layer.numel  # filled with code 0
         negative, zero, positive = negative + minus, zero + null - padding, positive + plus
         total += layer.numel
@@ -97,8 +109,44 @@ def flip_rate(before: Sequence[PackedCodes], after: Sequence[PackedCodes]) -> fl
         )
     if not after:
         return None
-    flipped = 0
-    for old, new in zip(before, after, strict=True):
-        fields = _field_histogram(old.packed.to(new.packed.device) ^ new.packed)
-        flipped += sum(fields[1:])  # a field of the exclusive or is 0 where the code is the same
+    changed = [old.packed.to(new.packed.device) ^ new.packed for old, new in zip(before, after, strict=True)]
+    # A field of the exclusive or is 0 where the code is the same.
+    flipped = sum(sum(fields[1:]) for fields in _field_histograms(changed))
     return flipped / sum(layer.numel for layer in after)
+
+
+@torch.no_grad()
+def threshold_statistics(model: nn.Module) -> dict[str, float | None]:
+    """Where the latent weights lie between the points at which their codes change.
+
+    With s = mean |w| of a tensor, the code of w is 0 below |w| / s = 0.5 and 1 above (-1 for negative w).
+
+    Returns:
+        absmean_mean, absmean_min: of s over the ternary tensors. absmean_clamped: share of the tensors with s at or
+            below the quantiser's clamp of 1e-5, under which all codes are 0. threshold_distance: mean of
+            ||w| / s - 0.5|; near_threshold: share of weights for which it is below 0.05, the ones that a small step
+            can flip (Nagel et al. 2022, arXiv:2203.11086, on oscillations). None when nothing is ternary.
+    """
+    weights = [
+        module.weight.detach().float().abs()
+        for module in model.modules()
+        if isinstance(module, BitLinear) and module.quantization == _TERNARY
+    ]
+    names = ("absmean_mean", "absmean_min", "absmean_clamped", "threshold_distance", "near_threshold")
+    if not weights:
+        return dict.fromkeys(names)
+    rows = []
+    for magnitude in weights:
+        scale = magnitude.mean()
+        distance = (magnitude / scale.clamp(min=ABSMEAN_CLAMP) - THRESHOLD).abs_()
+        rows.append(torch.stack([scale.double(), distance.double().sum(), (distance < NEAR).sum().double()]))
+    table = torch.stack(rows).tolist()
+    total = sum(magnitude.numel() for magnitude in weights)
+    scales = [row[0] for row in table]
+    return {
+        "absmean_mean": sum(scales) / len(scales),
+        "absmean_min": min(scales),
+        "absmean_clamped": sum(scale <= ABSMEAN_CLAMP for scale in scales) / len(scales),
+        "threshold_distance": sum(row[1] for row in table) / total,
+        "near_threshold": sum(row[2] for row in table) / total,
+    }

@@ -61,8 +61,10 @@ def write_checkpoint(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: dict[str, Any],
+    keep_older: bool = False,
 ) -> Path:
-    """Writes ``step-<step>`` under a temporary name, renames it, points latest.json to it, drops older ones.
+    """Writes ``step-<step>`` under a temporary name, renames it, points latest.json to it, drops older ones (unless
+    `keep_older`).
 
     Raises:
         OSError: when the disk is full, say; the checkpoint before is kept and named by latest.json.
@@ -91,7 +93,7 @@ def write_checkpoint(
             f"could not write the checkpoint of step {step} to {directory} ({error}); the one before is kept"
         ) from error
     for old in directory.glob("step-*"):
-        if old != final:
+        if old != final and not keep_older:
             shutil.rmtree(old, ignore_errors=True)
     return final
 

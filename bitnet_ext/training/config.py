@@ -13,6 +13,8 @@ WD_SCHEDULES = ("constant", "two-stage", "cosine-then-off")
 PRECISIONS = ("fp32", "bf16")
 BACKWARDS = ("exact", "int8")
 SAMPLING = ("shuffled", "sequential")
+#: Parts of a model's parameters that weight decay can be given to one by one.
+DECAY_GROUPS = ("gains", "final_gain", "embedding", "head", "linear")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class TrainConfig:
         muon_momentum: of Muon.
         decay_norms: whether weight decay reaches norm gains and biases (all 1-D parameters).
         decay_embeddings: whether it reaches the embedding and the output head.
+        decay_only: the groups that weight decay reaches, separated by commas, instead of what the two before say:
+            "gains" (of all norms but the last; biases too), "final_gain", "embedding", "head" (of its own, a tied
+            one is "embedding"), "linear" (all other matrices).
         lr_schedule: see :func:`bitnet_ext.training.schedules.learning_rates`.
         warmup_steps: linear warm-up from 0.
         schedule_steps: length of the schedule; None for `steps`.
@@ -80,6 +85,7 @@ class TrainConfig:
     muon_momentum: float = 0.95
     decay_norms: bool = False
     decay_embeddings: bool = True
+    decay_only: str | None = None
     lr_schedule: str = "two-stage"
     warmup_steps: int = 375
     schedule_steps: int | None = None
@@ -132,6 +138,12 @@ class TrainConfig:
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("z_loss", "entropy_weight", "diversity_weight", "output_l2"):
             self._require(name, math.isfinite(getattr(self, name)), "finite")
+        groups = [] if self.decay_only is None else self.decay_only.split(",")
+        self._require(
+            "decay_only",
+            set(groups) <= set(DECAY_GROUPS) and len(set(groups)) == len(groups),
+            f"None or different names of {', '.join(DECAY_GROUPS)}, separated by commas",
+        )
         if self.grad_clip is not None:
             self._require("grad_clip", self.grad_clip > 0, "> 0 or None")
 

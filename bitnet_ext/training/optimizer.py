@@ -13,6 +13,15 @@ from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.muon import Muon
 
 
+def parameter_group(name: str, p: Tensor) -> str:
+    """Which of ``config.DECAY_GROUPS`` a model's parameter belongs to."""
+    if p.dim() < 2:
+        return "final_gain" if name.startswith("final_norm.") else "gains"
+    if "embed_tokens" in name:
+        return "embedding"
+    return "head" if "lm_head" in name else "linear"
+
+
 class FusedAdam:
     """`adam_l2`, `adamw` or `muon` over all parameters at once.
 
@@ -25,7 +34,8 @@ class FusedAdam:
 
     Args:
         model: every parameter that requires a gradient is optimised; float32.
-        config: optimizer, betas, eps, muon_momentum, decay_norms, decay_embeddings and grad_clip are used.
+        config: optimizer, betas, eps, muon_momentum, decay_norms, decay_embeddings, decay_only and grad_clip are
+            used.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -36,7 +46,8 @@ class FusedAdam:
         for name, p in self.named.items():
             if p.dtype != torch.float32:
                 raise ValueError(f"FusedAdam: parameter {name} must be float32, got {p.dtype}")
-        self._decayed = {name: self._decays(name, p) for name, p in self.named.items()}
+        #: Whether weight decay reaches a parameter, by name.
+        self.decays = {name: self._decays(name, p) for name, p in self.named.items()}
         matrices = {name: p for name, p in self.named.items() if self._is_inner_matrix(name, p)}
         self._muon = Muon(matrices, config.muon_momentum) if config.optimizer == "muon" and matrices else None
         self._by_adam = [name for name in self.named if self._muon is None or name not in matrices]
@@ -63,9 +74,12 @@ class FusedAdam:
         return p.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
 
     def _decays(self, name: str, p: nn.Parameter) -> bool:
-        if p.dim() < 2:
+        group = parameter_group(name, p)
+        if self.config.decay_only is not None:
+            return group in self.config.decay_only.split(",")
+        if group in ("gains", "final_gain"):
             return self.config.decay_norms
-        if "embed_tokens" in name or "lm_head" in name:
+        if group in ("embedding", "head"):
             return self.config.decay_embeddings
         return True
 
@@ -164,7 +178,7 @@ class FusedAdam:
                 beta2=self.config.beta2,
                 eps=self.config.eps,
                 decoupled=self.config.optimizer != "adam_l2",
-                decay=[self._decayed[name] for name in names],
+                decay=[self.decays[name] for name in names],
                 ternary=[i < len(first) for i in range(len(names))],
                 abs_sums=sums,
                 slots=self._slots,

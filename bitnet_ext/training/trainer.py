@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from bitnet_ext.data.sampling import Order, RowSampler
 from bitnet_ext.models import BitNetForCausalLM
 from bitnet_ext.training.checkpoint import (
+    Checkpoint,
     CheckpointError,
     latest_checkpoint,
     load_weights,
@@ -30,12 +29,16 @@ from bitnet_ext.training.distributed import join_world, wait_for_all
 from bitnet_ext.training.metrics_log import MetricsLog
 from bitnet_ext.training.optimizer import FusedAdam
 from bitnet_ext.training.schedules import learning_rates, weight_decays
+from bitnet_ext.training.signals import stop_on_signals
 from bitnet_ext.training.step import RECORD, NonFiniteGradientError, TrainStep
 
 #: Fields that may differ between a run and its resumption: they do not change what is computed.
 _FREE_ON_RESUME = frozenset(
     ("cuda_graph", "checkpoint_interval", "checkpoint_seconds", "final_checkpoint", "tensorboard")
 )
+
+
+_NO_SUMS: dict[str, float] = {"steps": 0, "clipped": 0, "loss": 0.0, "cross_entropy": 0.0}
 
 
 class TrainingDivergedError(RuntimeError):
@@ -46,13 +49,32 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the step in progress was finished and a checkpoint written."""
 
 
+@dataclass(frozen=True)
+class EvaluatedStep:
+    """What an evaluator may want to know of the step that was just taken, besides the model.
+
+    Attributes:
+        step: its number, counted from 1; last: whether the run ends with it.
+        lr, weight_decay: that it was taken with. grad_norm: before clipping.
+        optimizer: with the moments after the step. The parameters' ``grad`` are those of the step (of its last
+            micro-batch and earlier ones added up, not clipped).
+    """
+
+    step: int
+    last: bool
+    lr: float
+    weight_decay: float
+    grad_norm: float
+    optimizer: FusedAdam
+
+
 class Evaluator(Protocol):
     """Measures a model during training; its results join the "eval" line of the step."""
 
     def before_step(self, model: BitNetForCausalLM) -> None:
         """Called just before the step after which :meth:`evaluate` is called."""
 
-    def evaluate(self, model: BitNetForCausalLM) -> dict[str, Any]:
+    def evaluate(self, model: BitNetForCausalLM, step: EvaluatedStep) -> dict[str, Any]:
         """Named measurements, JSON values."""
 
 
@@ -67,6 +89,10 @@ class Trainer:
         device: "auto", "cpu", "cuda", "cuda:N".
         evaluator: called at `eval_steps`.
         eval_steps: steps, counted from 1.
+        start_from: a full checkpoint of another run to go on from: weights, moments, step and cumulative learning
+            rate are taken over, settings are not compared.
+        reset_moments: with start_from, begin with moments of 0 (bias corrections go on counting).
+        snapshot_steps: steps after which a full checkpoint is kept in run_dir/snapshots.
 
     Under torchrun each process takes its share of every batch and the gradients are averaged (DDP); the
     marginal of the diversity term is then that of the process's own rows.
@@ -82,6 +108,9 @@ class Trainer:
         device: str | torch.device = "auto",
         evaluator: Evaluator | None = None,
         eval_steps: Iterable[int] = (),
+        start_from: Path | str | None = None,
+        reset_moments: bool = False,
+        snapshot_steps: Iterable[int] = (),
     ) -> None:
         self.config = config
         self.device = resolve_device(device)
@@ -118,7 +147,12 @@ class Trainer:
         self._learning_rates = learning_rates(config)
         self._weight_decays = weight_decays(config)
         self._cumulative_lr = np.cumsum(self._learning_rates)
-        self._sums = {"steps": 0, "loss": 0.0, "cross_entropy": 0.0}  # since the last evaluation
+        self._sums = dict(_NO_SUMS)  # since the last evaluation
+        self.snapshot_steps = sorted({int(s) for s in snapshot_steps if 1 <= s <= config.steps})
+        self.start_from = None if start_from is None else Path(start_from)
+        self.reset_moments = reset_moments
+        if self.start_from is not None:
+            self._begin_at(self.start_from)
         self._log: MetricsLog | None = None
         self._stop_requested = False
         self._last_record: dict[str, Any] = {}
@@ -146,6 +180,22 @@ class Trainer:
             TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
             FileExistsError: run_dir holds a run and resume is False.
         """
+        with stop_on_signals(self):
+            for _ in self.advance(resume=resume, on_progress=on_progress):
+                pass
+
+    def advance(
+        self,
+        *,
+        resume: bool = False,
+        on_progress: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> Iterator[None]:
+        """:meth:`fit` in pieces: yields whenever steps were handed to the device and before it waits for them.
+
+        Several trainers share a GPU when each is advanced in turn on a stream of its own, see
+        :func:`bitnet_ext.training.advance_together`.
+        Signals are left to the caller; a generator that is closed early leaves what the last checkpoint had.
+        """
         keep_bytes = self._restore() if resume else self._refuse_existing()
         wait_for_all(self.world)  # everyone has looked before the first process writes
         if self.run_dir is not None and self.world.is_main:
@@ -155,28 +205,36 @@ class Trainer:
         runner = TrainStep(self.model, self.optimizer, self.config, self.device, self.world)
         self._last_checkpoint = (self.step, time.monotonic())
         started, first_step = time.monotonic(), self.step
-        with _SignalCatcher(self):
-            try:
-                while self.step < self.config.steps:
-                    stop = self._next_stop(runner.block_steps)
-                    is_eval = stop in self.eval_steps and stop == self.step + 1
-                    if is_eval and self.evaluator is not None:
-                        self.evaluator.before_step(self.model)
-                    record = self._run(runner, stop)
-                    if is_eval:
-                        record |= self._evaluate(started, first_step)
-                    if on_progress is not None:
-                        on_progress(self.step, record)
-                    self._checkpoint_if_due()
-                    if self._stop_requested:
-                        self._save(full=True)
-                        raise TrainingInterrupted(f"stopped after step {self.step}; the run can be resumed")
-                if self.config.final_checkpoint != "none" and self.step > first_step:
-                    self._save(full=self.config.final_checkpoint == "full")
-            finally:
-                if self._log is not None:
-                    self._log.close()
-                    self._log = None
+        try:
+            while self.step < self.config.steps:
+                stop = self._next_stop(runner.block_steps)
+                is_eval = stop in self.eval_steps and stop == self.step + 1
+                if is_eval and self.evaluator is not None:
+                    self.evaluator.before_step(self.model)
+                runner_steps = self._run(runner, stop)
+                next(runner_steps)
+                yield
+                record = next(runner_steps)
+                if is_eval:
+                    record |= self._evaluate(started, first_step)
+                if on_progress is not None:
+                    on_progress(self.step, record)
+                if self.step in self.snapshot_steps:
+                    self._save(full=True, folder="snapshots")
+                self._checkpoint_if_due()
+                if self._stop_requested:
+                    self._save(full=True)
+                    raise TrainingInterrupted(f"stopped after step {self.step}; the run can be resumed")
+            if self.config.final_checkpoint != "none" and self.step > first_step:
+                self._save(full=self.config.final_checkpoint == "full")
+        finally:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+
+    def request_stop(self) -> None:
+        """Asks for an end after the steps under way: a checkpoint, then TrainingInterrupted."""
+        self._stop_requested = True
 
     def _next_stop(self, block_steps: int) -> int:
         """The step after which the host has something to do; an evaluated step runs alone."""
@@ -184,16 +242,19 @@ class Trainer:
         upcoming = next((s for s in self.eval_steps if s > self.step), None)
         if upcoming is not None:
             stop = min(stop, upcoming if upcoming == self.step + 1 else upcoming - 1)
+        stop = min([stop, *(s for s in self.snapshot_steps if s > self.step)])
         if self.config.checkpoint_interval:
             interval = self.config.checkpoint_interval
             stop = min(stop, (self.step // interval + 1) * interval)
         return stop
 
-    def _run(self, runner: TrainStep, stop: int) -> dict[str, Any]:
+    def _run(self, runner: TrainStep, stop: int) -> Iterator[dict[str, Any]]:
+        """Yields once when the steps up to `stop` are on their way, and then the last one's record."""
         start = self.step
-        rows = self.sampler.batches(start, stop - start)
         try:
-            records = runner.run(start, rows).tolist()
+            runner.launch(start, self.sampler.batches(start, stop - start))
+            yield {}
+            records = runner.finish().tolist()
         except NonFiniteGradientError as error:
             self._take(start, error.records.tolist())
             raise self._diverged(error.step, str(error)) from error
@@ -203,7 +264,7 @@ class Trainer:
             raise
         record = self._take(start, records)
         self.step = stop
-        return record
+        yield record
 
     def _take(self, start: int, records: list[list[float]]) -> dict[str, Any]:
         """Adds the records of the steps after `start` to the sums and the log; returns the last one."""
@@ -214,6 +275,8 @@ class Trainer:
             if not all(math.isfinite(value) for value in values):
                 raise self._diverged(step, "loss or gradient norm is NaN or Inf")
             self._sums["steps"] += 1
+            clip = self.config.grad_clip
+            self._sums["clipped"] += clip is not None and record["grad_norm"] > clip
             self._sums["loss"] += record["loss"]
             self._sums["cross_entropy"] += record["cross_entropy"]
             if self._log is not None and (step % self.config.log_interval == 0 or step == 1):
@@ -244,10 +307,19 @@ class Trainer:
             "train_loss": self._sums["loss"] / count,
             "train_cross_entropy": self._sums["cross_entropy"] / count,
             "grad_norm": self._last_record["grad_norm"],
+            "clip_rate": self._sums["clipped"] / count,
         }
-        result |= self.evaluator.evaluate(self.model)
+        facts = EvaluatedStep(
+            self.step,
+            self.step == self.config.steps,
+            result["lr"],
+            result["weight_decay"],
+            result["grad_norm"],
+            self.optimizer,
+        )
+        result |= self.evaluator.evaluate(self.model, facts)
         self.model.train()
-        self._sums = {"steps": 0, "loss": 0.0, "cross_entropy": 0.0}
+        self._sums = dict(_NO_SUMS)
         if self._log is not None:
             seconds = time.monotonic() - started
             self._log.write("eval", result)
@@ -269,23 +341,49 @@ class Trainer:
         if due:
             self._save(full=True)
 
-    def _save(self, full: bool) -> None:
+    def _save(self, full: bool, folder: str = "checkpoint") -> None:
         if self.run_dir is not None and self._log is not None:
             state = {
                 "model_config": self.model.config.to_dict(),
                 "train_config": self.config.to_dict(),
                 "metrics_bytes": self._log.position(),
                 "sums": self._sums,
+                "cumulative_lr": self._facts(self.step)["cumulative_lr"],
                 "finished": self.step == self.config.steps,
             }
             write_checkpoint(
-                self.run_dir / "checkpoint",
+                self.run_dir / folder,
                 self.step,
                 self.model.state_dict(),
                 self.optimizer.state() if full else {},
                 state,
+                keep_older=folder == "snapshots",
             )
-        self._last_checkpoint = (self.step, time.monotonic())
+        if folder == "checkpoint":
+            self._last_checkpoint = (self.step, time.monotonic())
+
+    def _begin_at(self, path: Path) -> None:
+        """Takes over weights, moments, step and cumulative learning rate of another run's checkpoint."""
+        checkpoint = read_checkpoint(path)
+        if not 0 < checkpoint.step < self.config.steps:
+            raise ValueError(
+                f"Trainer: start_from must be a checkpoint of a step before steps = {self.config.steps}, "
+                f"got step {checkpoint.step} ({path})"
+            )
+        load_weights(self.model, checkpoint)
+        if not self.reset_moments:
+            self._load_moments(checkpoint)
+        self.step = checkpoint.step
+        before = float(checkpoint.state["cumulative_lr"])
+        self._cumulative_lr = self._cumulative_lr + (before - self._cumulative_lr[checkpoint.step - 1])
+
+    def _load_moments(self, checkpoint: Checkpoint) -> None:
+        missing = sorted(set(self.optimizer.state()) - set(checkpoint.optimizer))
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path} has no optimiser state ({missing[0]}): it cannot be resumed"
+            )
+        self.optimizer.load_state(checkpoint.optimizer)
 
     def _refuse_existing(self) -> int:
         if self.run_dir is not None and (self.run_dir / "metrics.jsonl").exists():
@@ -312,14 +410,9 @@ class Trainer:
                 )
         load_weights(self.model, checkpoint)
         if checkpoint.step < self.config.steps:
-            missing = sorted(set(self.optimizer.state()) - set(checkpoint.optimizer))
-            if missing:
-                raise CheckpointError(
-                    f"checkpoint {path} has no optimiser state ({missing[0]}): it cannot be resumed"
-                )
-            self.optimizer.load_state(checkpoint.optimizer)
+            self._load_moments(checkpoint)
         self.step = checkpoint.step
-        self._sums = dict(checkpoint.state["sums"])
+        self._sums = _NO_SUMS | checkpoint.state["sums"]
         return int(checkpoint.state["metrics_bytes"])
 
 
@@ -337,25 +430,3 @@ def check_vocabulary(tokens: NDArray[Any], vocab_size: int) -> None:
             raise ValueError(
                 f"tokens must be in 0..{vocab_size - 1} (the model's vocab_size is {vocab_size}), got id {bad}"
             )
-
-
-class _SignalCatcher:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one acts at once."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._trainer._stop_requested = True
-        self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        while self._previous:
-            number, previous = self._previous.popitem()
-            signal.signal(number, previous)

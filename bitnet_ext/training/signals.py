@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM during training: a request to stop after the steps under way."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Protocol
+
+
+class Stoppable(Protocol):
+    """What can be asked to end, such as a Trainer."""
+
+    def request_stop(self) -> None: ...
+
+
+@contextlib.contextmanager
+def stop_on_signals(target: Stoppable) -> Iterator[None]:
+    """Within it the first Ctrl-C or SIGTERM calls target.request_stop(); a second one acts at once.
+
+    Outside the main thread, where Python has no signal handlers, it does nothing.
+    """
+    previous: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        while previous:
+            number, handler = previous.popitem()
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        target.request_stop()
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()
