@@ -29,7 +29,7 @@ from bitnet_ext.data import load_corpus
 from bitnet_ext.data.statistics import unigram_log_probs
 from bitnet_ext.metrics import weight_norms
 from bitnet_ext.models import BitNetForCausalLM, preset
-from bitnet_ext.training import TrainConfig, Trainer, TrainingDivergedError, read_checkpoint
+from bitnet_ext.training import EvaluatedStep, TrainConfig, Trainer, TrainingDivergedError, read_checkpoint
 from bitnet_ext.training.checkpoint import write_checkpoint
 
 VOCAB = 600
@@ -73,12 +73,12 @@ class PlantedNaN(CollapseEvaluator):
 
     evaluations = 0
 
-    def evaluate(self, model: BitNetForCausalLM) -> dict[str, Any]:
+    def evaluate(self, model: BitNetForCausalLM, step: EvaluatedStep) -> dict[str, Any]:
         self.evaluations += 1
         if self.evaluations == 5:
             with torch.no_grad():
                 model.final_norm.weight[2] = math.nan
-        return super().evaluate(model)
+        return super().evaluate(model, step)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,10 +96,9 @@ def train(
     *,
     tokens: np.ndarray = TRAIN,
     evaluator: type[CollapseEvaluator] | None = CollapseEvaluator,
-    decays: Callable[[str], bool] | None = None,
     **model: Any,
 ) -> Path:
-    """A real run of a 64-wide network; `decays` overrides which parameters decay reaches."""
+    """A real run of a 64-wide network."""
     network = BitNetForCausalLM(preset("collapse-64", vocab_size=VOCAB, **model), seed=config.seed)
     measure = None
     if evaluator is not None:
@@ -117,8 +116,6 @@ def train(
         evaluator=measure,
         eval_steps=[1, *range(every, config.steps, every), config.steps],
     )
-    if decays is not None:
-        trainer.optimizer._decayed = {name: decays(name) for name in trainer.optimizer._decayed}
     with contextlib.suppress(TrainingDivergedError):
         trainer.fit()
     return out
@@ -126,10 +123,6 @@ def train(
 
 def config(**changes: Any) -> TrainConfig:
     return dataclasses.replace(BASE, **changes)
-
-
-def only_gains(name: str) -> bool:
-    return "norm" in name
 
 
 #: name -> (kind, how it was planted)
@@ -159,8 +152,7 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "decay on the gains only": (
         "decay-death",
         {
-            "config": config(optimizer="adam_l2", lr=3e-3, decay_norms=True, steps=160, seed=23),
-            "decays": only_gains,
+            "config": config(optimizer="adam_l2", lr=3e-3, decay_only="gains,final_gain", steps=160, seed=23),
             "quantization": "none",
         },
     ),
@@ -170,7 +162,7 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "huge L2 on the ternary layers only": (
         "dead-ternary",
-        {"config": config(optimizer="adam_l2", lr=2e-3, weight_decay=10.0, decay_embeddings=False, seed=25)},
+        {"config": config(optimizer="adam_l2", lr=2e-3, weight_decay=10.0, decay_only="linear", seed=25)},
     ),
     "cut at the unigram stage": ("unigram-stage", {"config": config(lr=1e-3, steps=24, seed=26)}),
     "lr 0": ("frozen", {"config": config(lr=0.0, steps=40, seed=27)}),
@@ -240,9 +232,22 @@ def test_a_plain_run_is_judged_by_its_checkpoint(plain: Path) -> None:
 
 
 def test_a_plain_metrics_file_alone(plain: Path, tmp_path: Path) -> None:
-    """Without sizes the output tells, as far as the vocabulary is known; else the file says too little."""
+    """Without sizes only the output can tell, and here it has not died yet: a note says what coupled L2 may do."""
     found = told(plain / "metrics.jsonl")  # its settings lie beside it
+    assert any("sizes" in each for each in found.not_judged) and any(
+        "coupled L2" in each for each in found.notes
+    )
+    ln_v, metrics = math.log(VOCAB), tmp_path / "run" / "metrics.jsonl"
+    shutil.copytree(plain, metrics.parent)
+    rows = [
+        {"kind": "train", "step": 10 * i, "lr": 6e-3, "weight_decay": 0.1, "cumulative_lr": 0.06 * i}
+        | {"cross_entropy": min(ln_v, 5 + i / 10), "entropy": min(ln_v, 6 + i / 50)}
+        for i in range(1, 21)
+    ]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = told(metrics)
     assert found.kind == "decay-death" and found.findings[0].certainty == "likely"
+    assert "uniform" in found.findings[0].headline
     (tmp_path / "metrics.jsonl").write_bytes((plain / "metrics.jsonl").read_bytes())
     missing = " ".join(told(tmp_path / "metrics.jsonl").not_judged)
     assert "sizes" in missing and "vocabulary" in missing and "coupled" in missing
@@ -481,6 +486,7 @@ def test_decay_that_cannot_have_done_it(tmp_path: Path) -> None:
     assert by_hand(tmp_path, rows).kind == NONE
     assert by_hand(tmp_path, rows, optimizer="adam_l2").kind == "decay-death"
     assert by_hand(tmp_path, rows, optimizer="adam_l2", decay_embeddings=False).kind == NONE
+    assert by_hand(tmp_path, rows, optimizer="adam_l2", decay_only="gains,linear").kind == NONE
     assert by_hand(tmp_path, rows, weight_decay=5.0).kind == "decay-death"
 
 
@@ -535,6 +541,16 @@ def test_ternary_rules(tmp_path: Path) -> None:
     assert by_hand(tmp_path, [good(4.0), good(3.9, absmean_clamped=0.6)]).kind == "dead-ternary"
     assert by_hand(tmp_path, [good(4.0), good(3.9, ternary_zero=0.995)]).kind == "dead-ternary"
     assert by_hand(tmp_path, [good(4.0), good(3.9, ternary_zero=0.8)]).kind == NONE
+
+
+def test_a_run_that_the_trainer_stopped(tmp_path: Path) -> None:
+    (tmp_path / "ended.json").write_text(
+        json.dumps({"reason": "training diverged at step 230: NaN", "step": 229})
+    )
+    found = by_hand(tmp_path, [good(4.0), good(3.5)])
+    assert found.kind == "diverged" and "step 230" in found.findings[0].evidence[0].text
+    (tmp_path / "ended.json").write_text("{")
+    assert any("could not all be read" in each for each in told(tmp_path).notes)
 
 
 def test_early_end_is_noted(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def diagnose(case: Case) -> Diagnosis:
 
 def _enough(case: Case) -> bool:
     """Whether there is a course, a held-out evaluation or a size: anything that a rule could judge."""
-    if case.tensors or any(case.last(key) for key in SIZES) or len(training_course(case)) > 1:
+    if case.ended or case.tensors or any(case.last(key) for key in SIZES) or len(training_course(case)) > 1:
         return True
     rows = [row for row in case.evals if "heldout_cross_entropy" in row]
     nothing = any(key in row and row[key] is None for row in case.train for key in ("loss", "cross_entropy"))

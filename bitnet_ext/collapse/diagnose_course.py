@@ -55,7 +55,7 @@ def divergence(case: Case, vanishing: bool) -> Finding | None:
             _calmer(case),
             CERTAIN,
             "the last loss, cross-entropy or gradient norm of the file is NaN or infinite (written as null), or a "
-            "parameter of the checkpoint is",
+            "parameter of the checkpoint is, or the trainer stopped the run for it (ended.json)",
         )
     course = training_course(case)
     if len(course) < 2:
@@ -129,6 +129,8 @@ def no_convergence(case: Case) -> Finding | None:
 def _not_finite(case: Case) -> list[Evidence]:
     """The last rows whose loss is there, but not a finite number, and the tensors that hold such values."""
     found = []
+    if case.ended is not None:
+        found.append(evidence("what the trainer said", None, case.last_step, case.ended))
     for rows, keys in (
         (case.train, ("loss", "cross_entropy", "grad_norm")),
         (case.evals, ("heldout_cross_entropy", "train_cross_entropy")),

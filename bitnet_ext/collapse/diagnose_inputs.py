@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitnet_ext import metrics, ops
-from bitnet_ext.collapse.results import Row, number, read_metrics
+from bitnet_ext.collapse.results import ENDED, Row, number, read_metrics
 from bitnet_ext.data.statistics import unigram_log_probs
 from bitnet_ext.models import BitNetConfig
 from bitnet_ext.ops.quantize import SCALE_FLOOR
@@ -62,6 +62,7 @@ class Case:
         evals, train: rows in order of their step, one a step.
         model, settings: of the run; None when no file says.
         tensors: of the checkpoint; empty without one.
+        checkpoint: its folder. ended: why the trainer stopped the run, when that was NaN or infinity.
         notes: sentences on what was left out, and why.
     """
 
@@ -73,6 +74,7 @@ class Case:
     settings: TrainConfig | None = None
     tensors: list[TensorFacts] = field(default_factory=list)
     checkpoint: Path | None = None
+    ended: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -208,6 +210,8 @@ def note_early_end(case: Case) -> str | None:
     """A sentence when a run's metrics end before its planned steps: the trainer stops at a NaN without a line."""
     if case.kind == "checkpoint" or case.settings is None or case.last_step is None:
         return None
+    if case.ended is not None:
+        return None
     if case.last_step + case.settings.log_interval > case.settings.steps:
         return None
     return (
@@ -224,8 +228,10 @@ def _add_metrics(case: Case, path: Path) -> None:
 
 
 def _add_settings(case: Case, folder: Path) -> None:
-    """Model and training settings from what lies beside a metrics file: config.json or a checkpoint's state."""
+    """What lies beside a metrics file: config.json or a checkpoint's state, and the reason of an early end."""
     try:
+        if (folder / ENDED).is_file():
+            case.ended = str(json.loads((folder / ENDED).read_text(encoding="utf-8"))["reason"])
         if (folder / "config.json").is_file():
             content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             _take_settings(case, content.get("model"), content.get("train"))
@@ -234,7 +240,7 @@ def _add_settings(case: Case, folder: Path) -> None:
             state = json.loads((newest / "state.json").read_text(encoding="utf-8"))["state"]
             _take_settings(case, state.get("model_config"), state.get("train_config"))
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        case.notes.append(f"settings beside the metrics file could not be read: {error!r}")
+        case.notes.append(f"what lies beside the metrics file could not all be read: {error!r}")
 
 
 def _take_settings(case: Case, model: object, settings: object) -> None:

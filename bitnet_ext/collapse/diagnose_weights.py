@@ -47,6 +47,14 @@ _SHARES = {
     "embedding_mean_abs": "decay_share_embedding",
     "latent_mean_abs": "decay_share_latent",
 }
+#: Names of the groups in TrainConfig.decay_only.
+_DECAY_GROUPS = {
+    "final_gain_mean_abs": "final_gain",
+    "gain_mean_abs": "gains",
+    "lm_head_mean_abs": "head",
+    "embedding_mean_abs": "embedding",
+    "latent_mean_abs": "linear",
+}
 
 
 @dataclass(frozen=True)
@@ -98,11 +106,13 @@ def decay_of(case: Case) -> Decay:
 def _reached(case: Case, key: str) -> bool:
     """Whether the settings let a decay reach a group; True where they do not say."""
     settings = case.settings
-    if settings is None or key == "latent_mean_abs":
+    if settings is None or (key == "lm_head_mean_abs" and settings.output_l2 > 0):
         return True
-    if key in ("gain_mean_abs", "final_gain_mean_abs"):
-        return settings.decay_norms
-    return settings.decay_embeddings or (key == "lm_head_mean_abs" and settings.output_l2 > 0)
+    if settings.decay_only is not None:
+        return _DECAY_GROUPS[key] in settings.decay_only.split(",")
+    if key == "latent_mean_abs":
+        return True
+    return settings.decay_norms if "gain" in key else settings.decay_embeddings
 
 
 def _carriers(case: Case) -> list[str]:
@@ -148,7 +158,7 @@ def decay_death(case: Case) -> tuple[Finding | None, list[str]]:
             for key, size in gone.items()
         ]
     if not gone and not falling and not (uniform and decay.acts()):
-        return None, notes
+        return None, [*notes, *_unseen_risk(case, decay)]
     found = [
         *gone.values(),
         *falling.values(),
@@ -174,6 +184,18 @@ def decay_death(case: Case) -> tuple[Finding | None, list[str]]:
         ),
         notes,
     )
+
+
+def _unseen_risk(case: Case, decay: Decay) -> list[str]:
+    """A note when coupled decay had the time to erase weights whose sizes are not in the file."""
+    reach, smallest = case.reach(), case.smallest_initial_size()
+    measured = any(case.last(key) is not None for key in SIZES)
+    if measured or not decay.coupled or not decay.ever or reach is None or reach[1] < smallest:
+        return []
+    return [
+        f"the settings have Adam with coupled L2, and the learning rates add up to {reach[1]:.3g} by step "
+        f"{reach[0]:,}: enough to bring weights of {smallest:.3g} to zero; only sizes (a checkpoint) can tell whether it did"
+    ]
 
 
 def _explained(decay: Decay, share: float) -> bool:
@@ -257,7 +279,11 @@ def _against_decay(case: Case, decay: Decay, gone: bool) -> tuple[str, ...]:
     else:
         now = f" (it was {decay.ever:.3g})" if decay.ever is not None else ""
         changes.append(f"weight_decay=0.1 or less{now}")
-    if settings is None or settings.decay_norms:
+    if settings is not None and settings.decay_only is not None:
+        changes.append(
+            f'decay_only="linear" (it is "{settings.decay_only}"): no decay on gains, embedding and head'
+        )
+    elif settings is None or settings.decay_norms:
         changes.append("decay_norms=False: no decay on the norm gains")
     if settings is not None and settings.output_l2 > 0:
         changes.append(f"output_l2=0 (it is {settings.output_l2:.3g})")
