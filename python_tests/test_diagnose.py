@@ -1,7 +1,7 @@
 """``collapse diagnose``: planted troubles, each a real short training, and files that are cut, old or wrong.
 
-The thresholds of the rules were fixed before these runs were made; see the constants of diagnose_weights and
-diagnose_course.
+The thresholds of the rules were fixed before these runs were made; see the constants of diagnose_weights,
+diagnose_ternary and diagnose_course.
 """
 
 from __future__ import annotations
@@ -209,6 +209,14 @@ def command(*arguments: object) -> int:
 def test_planted_trouble_is_named(runs: Callable[[str], Path], name: str) -> None:
     found = told(runs(name))
     assert found.kind == PLANTED[name][0], as_text(found, "run folder")
+
+
+def test_more_than_one_trouble(tmp_path: Path) -> None:
+    """Decoupled decay can be too strong as well; it takes the scale of the ternary layers with it."""
+    found = told(train(tmp_path, config(weight_decay=60.0, decay_norms=True, steps=150, seed=34)))
+    assert [each.kind for each in found.findings][:2] == ["decay-death", "dead-ternary"]
+    assert any("decoupled" in each.text for each in found.findings[0].evidence)
+    assert any("weight_decay=0.1 or less (it was 60)" in each for each in found.findings[0].change)
 
 
 # --- checkpoints and plain runs -----------------------------------------------------------------------------------

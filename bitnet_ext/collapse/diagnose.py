@@ -1,8 +1,8 @@
 """Which kind of trouble a run shows, and what to change: stated rules over the numbers of one run.
 
 A rule follows from what its trouble is, not from examples of it: each names its thresholds, which are constants of
-:mod:`diagnose_weights`, :mod:`diagnose_course` or :mod:`bitnet_ext.collapse.reading`, and its words go into every
-finding. What a file lacks is not guessed at; the diagnosis says what was not judged and how to get it.
+``diagnose_weights``, ``diagnose_ternary``, ``diagnose_course`` or :mod:`bitnet_ext.collapse.reading`, and its words go
+into every finding. What a file lacks is not guessed at; the diagnosis says what was not judged and how to get it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from bitnet_ext.collapse.diagnose_course import (
     unigram_stage,
 )
 from bitnet_ext.collapse.diagnose_inputs import SIZES, Case, note_early_end
-from bitnet_ext.collapse.diagnose_weights import dead_ternary, decay_death, uniform_without_decay
+from bitnet_ext.collapse.diagnose_ternary import dead_ternary
+from bitnet_ext.collapse.diagnose_weights import decay_death, uniform_without_decay
 from bitnet_ext.collapse.diagnose_words import Evidence, Finding, evidence, training_course
 
 #: Kinds of findings, the gravest first.
