@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitnet_ext.training.trainer import ENDED
+
 Row = dict[str, Any]
 
 #: Columns of summary.csv after arm and seed, in this order; other keys follow alphabetically.
@@ -60,9 +62,6 @@ EVAL_KEYS = (
     "ternary_positive",
     "flip_rate",
 )
-
-#: File of a run that ended before its last step because its loss was not a number any more.
-ENDED = "ended.json"
 
 _STEP_NAMES = ("steps", "max_steps", "total_steps", "num_steps")
 

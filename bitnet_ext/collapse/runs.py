@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 
 from bitnet_ext.collapse.arms import Arm, config_of
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
-from bitnet_ext.collapse.results import ENDED, read_metrics, write_atomic
+from bitnet_ext.collapse.results import read_metrics
 from bitnet_ext.data.corpora import Corpus, load_corpus
 from bitnet_ext.data.statistics import token_counts, unigram_log_probs
 from bitnet_ext.models import BitNetForCausalLM, preset
 from bitnet_ext.training import Trainer, TrainingDivergedError
 from bitnet_ext.training.checkpoint import write_text_atomic
+from bitnet_ext.training.trainer import ENDED
 
 #: Folder, inside the study's, of runs that only lead to the checkpoints which other runs go on from.
 STEMS = ".stems"
@@ -193,10 +195,7 @@ def advance_task(
         snapshot_steps=task.snapshot_steps,
     )
     on_trainer(trainer)
-    try:
+    with contextlib.suppress(TrainingDivergedError):  # which the trainer has written into the folder
         yield from trainer.advance(resume=True, on_progress=on_progress)
-    except TrainingDivergedError as error:
-        text = json.dumps({"reason": str(error), "step": trainer.step}, indent=1)
-        write_atomic(folder / ENDED, text.encode())
     if not task.keep_model:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)

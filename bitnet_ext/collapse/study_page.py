@@ -250,7 +250,7 @@ class Content:
                 [arm, str(len(runs)), steps(max(run.last_step for run in runs)), *cells, ", ".join(named)]
             )
         notes = [
-            "At the last evaluation, mean over seeds (smallest-largest). CE, its excess over the unigram: nats per token.",
+            "At the last evaluation, mean over seeds (smallest-largest). CE and its excess in nats per token.",
             "Decay dominates: share of the coordinates of which the weight decay decides the next step.",
             "Repeated 4-grams: within greedy continuations of real text, seq-rep-4.",
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from bitnet_ext.training.checkpoint import (
     load_weights,
     read_checkpoint,
     write_checkpoint,
+    write_text_atomic,
 )
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.device import resolve_device
@@ -38,6 +40,8 @@ _FREE_ON_RESUME = frozenset(
 )
 
 
+#: File of a run that ended before its last step because a number was not finite: its step and the reason.
+ENDED = "ended.json"
 _NO_SUMS: dict[str, float] = {"steps": 0, "clipped": 0, "loss": 0.0, "cross_entropy": 0.0}
 
 
@@ -201,6 +205,7 @@ class Trainer:
         if self.run_dir is not None and self.world.is_main:
             board = self.run_dir / "tensorboard" if self.config.tensorboard else None
             self._log = MetricsLog(self.run_dir / "metrics.jsonl", keep_bytes, board)
+            (self.run_dir / ENDED).unlink(missing_ok=True)
         self.model.train()
         runner = TrainStep(self.model, self.optimizer, self.config, self.device, self.world)
         self._last_checkpoint = (self.step, time.monotonic())
@@ -259,8 +264,7 @@ class Trainer:
             self._take(start, error.records.tolist())
             raise self._diverged(error.step, str(error)) from error
         except RuntimeError as error:
-            if "holds NaN or Inf" in str(error):
-                raise self._diverged(start + 1, str(error)) from error
+            self._raise_if_diverged(start + 1, error)
             raise
         record = self._take(start, records)
         self.step = stop
@@ -284,11 +288,18 @@ class Trainer:
             self._last_record = record
         return record
 
+    def _raise_if_diverged(self, step: int, error: RuntimeError) -> None:
+        """Operators refuse numbers that are not finite, which here means that the training has gone wrong."""
+        if "holds NaN or Inf" in str(error):
+            raise self._diverged(step, str(error)) from error
+
     def _diverged(self, step: int, reason: str) -> TrainingDivergedError:
         kept = latest_checkpoint(self.run_dir / "checkpoint") if self.run_dir is not None else None
+        text = f"training diverged at step {step}: {reason}"
+        if self.run_dir is not None and self.world.is_main:
+            write_text_atomic(self.run_dir / ENDED, json.dumps({"step": step, "reason": text}))
         return TrainingDivergedError(
-            f"training diverged at step {step}: {reason}; "
-            + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet")
+            f"{text}; " + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet")
         )
 
     def _facts(self, step: int) -> dict[str, Any]:
@@ -317,7 +328,11 @@ class Trainer:
             result["grad_norm"],
             self.optimizer,
         )
-        result |= self.evaluator.evaluate(self.model, facts)
+        try:
+            result |= self.evaluator.evaluate(self.model, facts)
+        except RuntimeError as error:
+            self._raise_if_diverged(self.step, error)
+            raise
         self.model.train()
         self._sums = dict(_NO_SUMS)
         if self._log is not None:
