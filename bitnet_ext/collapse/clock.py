@@ -46,6 +46,8 @@ class Clock:
         floor = CURVES[self.key][2]
         if self.by_step.n and max(self.by_step.mean, self.by_rate.mean) < floor:
             return "same"
+        if not self.ratio.n:  # one course over steps, exactly, and not over tau
+            return "different" if self.by_step.n >= MIN_SEEDS else "open"
         low, high = self.ratio.low, self.ratio.high
         if low is None or high is None or self.ratio.n < MIN_SEEDS:
             return "open"
@@ -104,5 +106,5 @@ def describe_clock(clock: Clock) -> str:
     return (
         f"{clock.other} and {clock.base}: their curves of {name} are {interval(clock.by_step)}{unit} apart over "
         f"steps and {interval(clock.by_rate)}{unit} over the cumulative learning rate, ratio {interval(clock.ratio)}, "
-        f"n = {clock.ratio.n}: {words}."
+        f"n = {clock.by_step.n}: {words}."
     )

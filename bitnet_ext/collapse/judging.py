@@ -281,6 +281,8 @@ def probability(p: float) -> str:
 
 def interval(estimate: Estimate) -> str:
     """Mean and interval: `0.31 [0.20, 0.42]`."""
+    if not estimate.n:
+        return "not measured"
     if estimate.low is None or estimate.high is None:
         return f"{amount(estimate.mean)} (no interval)"
     return f"{amount(estimate.mean)} [{amount(estimate.low)}, {amount(estimate.high)}]"

@@ -223,8 +223,9 @@ def judge_recovery(evidence: Evidence) -> Verdict:
         "A collapsed network can be brought back.",
         answer,
         f"Looks at {len(STARTS)} checkpoints of {BASE} and {len(CHANGES) - 1} changes from each. Supported when at "
-        f"least one arm that begins collapsed works at its end; refuted when every arm begins collapsed and ends broken; "
-        f"undecided otherwise. At least {MIN_RECOVERY_STEPS} steps from the checkpoint. " + STATE_RULE,
+        f"least one arm that begins collapsed works at its end; refuted when every arm begins collapsed and ends "
+        f"broken; undecided otherwise. At least {MIN_RECOVERY_STEPS} steps from the checkpoint. "
+        + STATE_RULE,
         _reasons(said, [*kept, *ends], [r for r in results if r.key == CE], ends),
         [
             *limits_of(evidence, ends, results),

@@ -60,8 +60,8 @@ FAMILIES = {
 _RULE = (
     f"Supported when {BASE} is collapsed and at least one of the {{m}} levels on the same optimiser works; refuted "
     f"when {BASE} is collapsed and every level is broken; undecided otherwise (no collapse to prevent, missing arms, "
-    f"too few seeds, intervals on both sides). {STATE_RULE} The cost on the healthy optimiser does not enter the answer: its "
-    f"cross-entropy is called equal to {HEALTHY}'s when two one-sided tests show the difference within "
+    f"too few seeds, intervals on both sides). {STATE_RULE} The cost on the healthy optimiser does not enter the "
+    f"answer: its cross-entropy is called equal to {HEALTHY}'s when two one-sided tests show the difference within "
     f"{EQUAL_NATS} nats."
 )
 
