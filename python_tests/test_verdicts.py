@@ -147,7 +147,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
         # The loss is the cause: the optimiser does not matter, a changed loss helps; quantisation does too.
         "loss": plan_of(
             healthy="dead", loss="alive", twin="alive", reduced="alive", recovery="alive", widths="dead",
-            **{"width-768-l2": "alive", "width-512-l2": "alive"},
+            **{f"width-{width}-{o}": "alive" for width in (512, 768) for o in ("l2", "adamw")},
         ),
         # Nothing collapses.
         "well": plan_of(
