@@ -313,6 +313,11 @@ def describe_contrast(result: ContrastResult) -> str:
     )
 
 
+def not_collapsed(base: Ending, consequence: str) -> str:
+    """One sentence: the arm that all others are held against is not shown to collapse."""
+    return f"{base.arm} is not shown to collapse ({STATES[base.state]}), so {consequence}."
+
+
 def shortcomings(ends: Sequence[Ending]) -> list[str]:
     """Why arms cannot be judged: missing ones, too few seeds, too few steps, diverged, open."""
     found = []

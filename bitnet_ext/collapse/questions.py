@@ -33,6 +33,7 @@ from bitnet_ext.collapse.judging import (
     interval,
     limits_of,
     listed,
+    not_collapsed,
     shortcomings,
 )
 from bitnet_ext.collapse.reading import SAME_NATS
@@ -109,7 +110,7 @@ def judge_loss(evidence: Evidence) -> Verdict:
     results = evidence.family("q1", FAMILIES["q1"])
     answer: Answer = "undecided"
     if base.state != "collapsed":
-        said = [f"{BASE} is not shown to collapse, so there is no collapse to explain."]
+        said = [not_collapsed(base, "there is no collapse to explain")]
     elif all(end.state in WORKING for end in same):
         if working:
             said = [
@@ -134,6 +135,8 @@ def judge_loss(evidence: Evidence) -> Verdict:
         said = ["Neither side of the rule holds."]
     needed = [base, *same] if any(end.rows for end in changed) else [base, *same, *changed]
     for result in results:
+        if result.estimate.n < MIN_SEEDS:
+            continue
         if result.key == CE and result.estimate.high is not None and result.estimate.high < 0:
             said.append(
                 f"The loss itself does not prefer what {BASE} became: it is lower with {result.other}."
@@ -163,7 +166,7 @@ def judge_loss_fix(evidence: Evidence) -> Verdict:
     working = evidence.prevailing(arms, WELL)
     answer: Answer = "undecided"
     if base.state != "collapsed":
-        said = [f"{BASE} is not shown to collapse, so there is nothing to fix."]
+        said = [not_collapsed(base, "there is nothing to fix")]
     elif working:
         answer = "supported"
         said = [
@@ -241,7 +244,7 @@ def judge_reduced_rate(evidence: Evidence) -> Verdict:
     alive = evidence.prevailing(REDUCED, frozenset({"alive"}))
     answer: Answer = "undecided"
     if base.state != "collapsed":
-        said = [f"{BASE} is not shown to collapse, so there is nothing that a lower rate could recover from."]
+        said = [not_collapsed(base, "there is nothing that a lower rate could recover from")]
     elif alive:
         answer = "supported"
         said = [f"Below the unigram's cross-entropy with context use at the end: {listed(alive)}."]
@@ -338,7 +341,7 @@ def judge_quantisation(evidence: Evidence) -> Verdict:
     base, twin = evidence.endings(TWINS[0])
     answer: Answer = "undecided"
     if base.state != "collapsed":
-        said = [f"{BASE} is not shown to collapse, so there is no collapse to explain."]
+        said = [not_collapsed(base, "there is no collapse to explain")]
     elif twin.state in WORKING:
         answer = "supported"
         said = [f"The full-precision twin {twin.arm} does not collapse where the ternary network does."]

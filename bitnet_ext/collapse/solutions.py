@@ -20,10 +20,11 @@ from bitnet_ext.collapse.judging import (
     describe_contrast,
     limits_of,
     listed,
+    not_collapsed,
     probability,
     shortcomings,
 )
-from bitnet_ext.collapse.statistics import equivalence
+from bitnet_ext.collapse.statistics import MIN_SEEDS, equivalence
 
 #: Verdict -> (family of arms, levels, title, what it is called in a sentence).
 SOLUTIONS = {
@@ -76,7 +77,7 @@ def judge_solution(evidence: Evidence, key: str) -> Verdict:
     answer: Answer = "undecided"
     reasons = []
     if base.state != "collapsed":
-        reasons.append(f"{BASE} is not shown to collapse, so there is nothing to prevent.")
+        reasons.append(not_collapsed(base, "there is nothing to prevent"))
     elif working:
         answer = "supported"
         reasons.append(f"Kept from collapsing: {listed(working)}.")
@@ -119,7 +120,12 @@ def _cost(evidence: Evidence, key: str, results: list[ContrastResult]) -> list[s
                 f"{bounds}{probability(same.p)})."
             )
             low, high = result.estimate.low, result.estimate.high
-            if low is not None and high is not None and (low > 0 or high < 0):
+            if (
+                low is not None
+                and high is not None
+                and result.estimate.n >= MIN_SEEDS
+                and (low > 0 or high < 0)
+            ):
                 sentence += (
                     " It makes the predictions worse." if low > 0 else " It makes the predictions better."
                 )
