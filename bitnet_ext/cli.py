@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "info": _info,
         "train": _train,
         "generate": _generate,
-        "collapse": collapse_command.run,
+        "collapse": collapse_command.run_command,
     }
     commands.add_parser("info", help="print facts about this installation as JSON")
     _add_train(commands.add_parser("train", help="train a model on a text"))
     _add_generate(commands.add_parser("generate", help="continue a text with a trained model"))
     collapse = commands.add_parser("collapse", help="run the collapse experiments and write their report")
     collapse_command.add_arguments(collapse)
+    collapse_command.add_subcommands(collapse)
     args = parser.parse_args(argv)
     try:
         return run[args.command](args)

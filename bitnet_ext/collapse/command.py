@@ -7,17 +7,22 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from bitnet_ext.collapse import diagnose_command, instrument
 from bitnet_ext.collapse.arms import ARMS
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL
-from bitnet_ext.collapse.results import read_study
+from bitnet_ext.collapse.outputs import write_pages
+from bitnet_ext.collapse.results import Study, read_study
 from bitnet_ext.collapse.runs import Task
 from bitnet_ext.collapse.study import StudyConfig, config_from_json, default_config, run_study
+from bitnet_ext.collapse.study_page import is_factorial
 from bitnet_ext.collapse.table import comparison_table
+from bitnet_ext.collapse.verdicts import verdicts
 from bitnet_ext.collapse.workers import StudyWorkerError
 from bitnet_ext.training import TrainingInterrupted
 from bitnet_ext.training.device import resolve_device
@@ -123,11 +128,59 @@ def run(args: argparse.Namespace) -> int:
     if not args.report:
         print(out)
         return 0
-    print(comparison_table(read_study(out)).text())
-    for name in ("summary.csv", "table.md", "figures"):
-        print(out / name)
+    study = read_study(out)
+    if is_factorial(study):
+        _print_verdicts(study)
+    else:
+        print(comparison_table(study).text())
+        for name in ("summary.csv", "table.md", "figures"):
+            print(out / name)
     print(f"report: {report}")
     return 0
+
+
+def add_subcommands(parser: argparse.ArgumentParser) -> None:
+    """Adds ``report``, ``diagnose`` and ``instrument`` to the parser of the experiments."""
+    commands = parser.add_subparsers(dest="action", metavar="report|diagnose|instrument")
+    report = commands.add_parser(
+        "report", help="write the report of a study from its runs, however far they got"
+    )
+    report.add_argument("folder", type=Path, metavar="DIR", help="folder of the study")
+    report.set_defaults(run_action=run_report)
+    diagnose = commands.add_parser("diagnose", help="say which kind of trouble a run of one's own shows")
+    diagnose_command.add_arguments(diagnose)
+    diagnose.set_defaults(run_action=diagnose_command.run)
+    check = commands.add_parser("instrument", help="check every metric on predictors of known health")
+    instrument.add_arguments(check)
+    check.set_defaults(run_action=instrument.run)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """``bitnet-ext collapse``: a subcommand, or the experiments when none is named."""
+    action: Callable[[argparse.Namespace], int] = getattr(args, "run_action", run)
+    return action(args)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Writes the pages of a study; returns the exit status."""
+    try:
+        pages = write_pages(args.folder)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    study = read_study(args.folder)
+    if is_factorial(study):
+        _print_verdicts(study)
+    for path in pages.values():
+        print(path)
+    return 0
+
+
+def _print_verdicts(study: Study) -> None:
+    judged = verdicts(study)
+    width = max(len(verdict.title) for verdict in judged)
+    for verdict in judged:
+        print(f"{verdict.key:14} {verdict.title:{width}}  {verdict.answer}")
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -8,13 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from numpy.typing import NDArray
+from scipy import stats
 
 from bitnet_ext.collapse.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, RenderedFigure
+from bitnet_ext.collapse.judging import ContrastResult
 from bitnet_ext.collapse.results import Study
-from bitnet_ext.collapse.verdicts import ContrastResult
 
 DPI = 130
 _COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY)
@@ -86,9 +89,9 @@ def block_figures(
         (
             "decay",
             f"{title}: what the decay does to the weights",
-            "Share of the coordinates whose update the weight decay decides, and sizes of parameters. A straight fall "
-            "at slope 1 over the cumulative learning rate (dotted) is what an L2 term inside Adam does to a weight "
-            "whose own gradient is small.",
+            "Share of the coordinates whose update the weight decay decides, and sizes of parameters. Dotted: every "
+            "weight moves towards 0 by the learning rate at each step, which is what an L2 term inside Adam does to a "
+            "weight whose own gradient is small (for the embedding, of normal weights).",
             _CAUSES,
         ),
         (
@@ -136,7 +139,7 @@ def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) 
         0.62,
         0.55,
     )
-    legend = 0.2 * max(len(group) for group in groups) + 0.2
+    legend = 0.175 * max(len(group) for group in groups) + 0.12
     width = left + right + columns * panel_w + (columns - 1) * gap_x
     height = legend + len(rows) * panel_h + (len(rows) - 1) * gap_y + bottom
     figure = _new_figure(width, height)
@@ -210,9 +213,11 @@ def _draw(axis: Any, study: Study, group: Sequence[str], row: Row) -> list[Any]:
     if row.key in ("final_gain_mean_abs", "embedding_mean_abs") and row.over == "cumulative_lr":
         start = next((y[0] for arm in group if (y := study.mean_series(arm, row.key, row.over)[1])), None)
         if start is not None:
-            axis.plot(
-                [0, start], [start, 0], color="#666666", linestyle=(0, (1, 1.5)), linewidth=1.2, zorder=1
+            clock = np.linspace(0, 4 * start, 80)
+            fall = (
+                _one_by_one(clock, start) if row.key == "embedding_mean_abs" else np.maximum(start - clock, 0)
             )
+            axis.plot(clock, fall, color="#666666", linestyle=(0, (1, 1.5)), linewidth=1.4, zorder=1)
     if row.key == "absmean_mean":
         axis.axhline(1e-5, color="#666666", linestyle=(0, (1, 1.5)), linewidth=1.2, zorder=1)
     axis.tick_params(labelsize=8)
@@ -220,6 +225,14 @@ def _draw(axis: Any, study: Study, group: Sequence[str], row: Row) -> list[Any]:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     return handles
+
+
+def _one_by_one(clock: NDArray[np.float64], start: float) -> NDArray[np.float64]:
+    """Mean |w| of normal weights of which each has moved by `clock` towards 0 and stayed there: E max(|w| - clock, 0)."""
+    deviation = start / math.sqrt(2 / math.pi)
+    t = clock / deviation
+    result: NDArray[np.float64] = 2 * deviation * (stats.norm.pdf(t) - t * stats.norm.sf(t))
+    return result
 
 
 def effect_figure(
@@ -239,7 +252,7 @@ def effect_figure(
         ("heldout_cross_entropy", "cross-entropy: difference (nats per token)"),
         ("mutual_information", "use of context: difference (nats)"),
     )
-    left, right, panel_w, gap, row_h, top, bottom = 2.15, 0.15, 2.55, 1.25, 0.24, 0.2, 0.55
+    left, right, panel_w, gap, row_h, top, bottom = 2.75, 0.05, 2.3, 1.2, 0.24, 0.2, 0.55
     height = top + bottom + row_h * len(by_pair)
     width = left + 2 * panel_w + 2 * gap + right
     figure = _new_figure(width, height)
@@ -248,10 +261,10 @@ def effect_figure(
         axis = figure.add_axes((x / width, bottom / height, panel_w / width, 1 - (top + bottom) / height))
         axis.axvline(0, color="#444444", linewidth=1)
         for place, pair in enumerate(by_pair):
-            contrast = by_pair[pair].get(key)
-            if contrast is None:
+            if key not in by_pair[pair]:
                 continue
-            e = contrast.estimate
+            result = by_pair[pair][key]
+            e = result.estimate
             better = e.mean < 0 if key == "heldout_cross_entropy" else e.mean > 0
             colour = BLUE if better else VERMILLION
             axis.plot(e.values, [place] * len(e.values), ".", color=colour, alpha=0.35, markersize=4)
@@ -259,7 +272,7 @@ def effect_figure(
                 axis.plot([e.low, e.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
             axis.plot([e.mean], [place], "o" if better else "s", color=colour, markersize=5)
             axis.annotate(
-                _numbers(contrast),
+                _numbers(result),
                 (1, place),
                 xycoords=("axes fraction", "data"),
                 xytext=(4, 0),
@@ -269,13 +282,18 @@ def effect_figure(
                 color="#333333",
             )
         axis.set_ylim(len(by_pair) - 0.4, -0.6)
-        axis.set_yticks(range(len(by_pair)), [f"{other}" for _, other in by_pair] if p == 0 else [])
+        axis.set_yticks(range(len(by_pair)), [_versus(*pair) for pair in by_pair] if p == 0 else [])
         axis.tick_params(labelsize=8)
+        axis.tick_params(axis="y", length=0)
         axis.set_xlabel(label, fontsize=8.5)
         axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)
     return RenderedFigure(name, title, caption, _png(figure))
+
+
+def _versus(base: str, other: str) -> str:
+    return other if base == "standard-lr" else f"{other}  vs  {base}"
 
 
 def _numbers(contrast: ContrastResult) -> str:

@@ -47,6 +47,8 @@ background: #fff; } td small { color: var(--soft); } .notes { color: var(--soft)
 .badge.bad { background: #fbe9e0; border-color: #e8a988; color: #8a3a00; }
 .swatch { display: inline-block; width: 1.5rem; height: 0; border-top: 4px solid; margin-right: .5rem;
   vertical-align: middle; }
+details { margin: .3rem 0 .6rem; font-size: .92rem; }
+summary { color: var(--link); cursor: pointer; }
 figure { margin: 1.4rem 0 2rem; }
 figure img { display: block; width: 100%; max-width: 660px; height: auto; }
 figcaption { font-size: .9rem; color: var(--soft); max-width: 660px; }

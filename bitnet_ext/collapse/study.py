@@ -22,7 +22,7 @@ import torch
 from bitnet_ext import build_info
 from bitnet_ext.collapse.arms import ARMS, Arm, get_arm
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL, HEADLINE, HEADLINE_EXTRA, arms_of
-from bitnet_ext.collapse.report import write_outputs
+from bitnet_ext.collapse.outputs import write_pages
 from bitnet_ext.collapse.runs import Task, corpus_of
 from bitnet_ext.collapse.schedule import Progress, Schedule
 from bitnet_ext.collapse.workers import run_schedule
@@ -225,7 +225,7 @@ def run_study(
             _write_results_quietly(out)
         raise
     session.write()
-    return write_outputs(out)["report"] if report else out
+    return write_pages(out)["report"] if report else out
 
 
 def _devices(device: str) -> list[torch.device]:
@@ -264,7 +264,7 @@ class _Session:
 def _write_results_quietly(out: Path) -> None:
     """After an interruption: a run too short to report on must not hide the reason it ended."""
     try:
-        write_outputs(out)
+        write_pages(out)
     except (ValueError, OSError) as error:
         print(f"no report yet: {error}", file=sys.stderr)
 

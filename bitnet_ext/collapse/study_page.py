@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bitnet_ext.collapse.block_effects import block_contrasts
 from bitnet_ext.collapse.effects import block_figures, effect_figure, facets
 from bitnet_ext.collapse.figures import RenderedFigure
 from bitnet_ext.collapse.findings import count, nats, percent, steps
@@ -29,7 +30,7 @@ from bitnet_ext.collapse.results import (
     write_atomic,
 )
 from bitnet_ext.collapse.table import MISSING, Table, spread_text, unfinished_text
-from bitnet_ext.collapse.verdicts import ContrastResult, Verdict, contrasts, verdicts
+from bitnet_ext.collapse.verdicts import Verdict, verdicts
 
 #: What the original report printed: arm, tokens at steps 1,000 and 4,000, loss at 1,000, "recovery?".
 ORIGINAL = (
@@ -38,6 +39,7 @@ ORIGINAL = (
     ("label-smoothing", "20 (a later log)", "2 (a later log)", MISSING, "?"),
     ("grad-clip", "12 (a later log)", "2 (a later log)", MISSING, MISSING),
 )
+_SHOWN = 4  # reasons of a verdict that are in view without a click
 _TONE = {"supported": " good", "refuted": " bad"}
 
 
@@ -86,19 +88,13 @@ class Content:
 
     Args:
         study: with blocks and at least one evaluation.
-        judged, compared: verdicts and contrasts of the study; computed when not given.
+        judged: verdicts of the study; computed when not given.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        judged: Sequence[Verdict] | None = None,
-        compared: Sequence[ContrastResult] | None = None,
-    ) -> None:
+    def __init__(self, study: Study, judged: Sequence[Verdict] | None = None) -> None:
         self.study = study
         self.ln_v = log_vocab(study)
         self.verdicts = verdicts(study) if judged is None else list(judged)
-        self.contrasts = contrasts(study) if compared is None else list(compared)
         blocks = study.settings["blocks"]
         self.blocks: dict[str, dict[str, Any]] = {
             key: block for key, block in blocks.items() if set(block["arms"]) & set(study.measured_arms)
@@ -169,6 +165,10 @@ class Content:
 
     def _finished(self) -> int:
         return sum(run.finished for run in self.study.runs)
+
+    def verdict_table(self) -> Table:
+        """The answers in short."""
+        return Table(["Claim", "Answer"], [[verdict.claim, verdict.answer] for verdict in self.verdicts], [])
 
     def original_table(self) -> Table:
         """The original report's own numbers beside ours at the same steps, with what it did not measure."""
@@ -260,14 +260,14 @@ class Content:
         here = [arm for arm in block["arms"] if self.study.of(arm)]
         bases = [arm for arm in ("standard-lr", "adamw") if arm in here]
         figures = block_figures(self.study, f"block-{key}", block["title"], facets(here, bases))
-        pairs_here = [c for c in self.contrasts if c.other in here and (c.base in here or c.base in bases)]
         effects = effect_figure(
             f"block-{key}-effects",
             f"{block['title']}: differences, paired by seed",
             "Each arm against its base, at the last step that both have. Dot and bar: mean and 95 % interval (BCa "
             "bootstrap over seeds); faint dots: seeds; n: seeds; p: exact sign-flip test, Holm-adjusted over the "
-            "family. Circles in blue: better than the base, squares in orange: worse.",
-            [c for c in pairs_here if c.key in ("heldout_cross_entropy", "mutual_information")],
+            "block. Circles in blue: better than the base, squares in orange: worse. The base is standard-lr where no "
+            "other is named.",
+            block_contrasts(self.study, here),
         )
         return [*([effects] if effects is not None else []), *figures]
 
@@ -304,6 +304,7 @@ class Content:
             '<h2 id="verdicts">Verdicts</h2>',
             "<p>Each follows from the numbers of this study by the rule that stands with it; other numbers give other "
             "answers. The unit is the seed, intervals are 95 %.</p>",
+            f'<div class="scroll">{self.verdict_table().html()}</div>',
             *(_verdict_html(verdict) for verdict in self.verdicts),
             '<h2 id="original">The report\'s own table, and ours</h2>',
             table_html(self.original_table()),
@@ -326,7 +327,7 @@ class Content:
         lines = [f"# {self.title}", ""]
         lines += [f"* {key}: {value}" for key, value in self.facts()]
         lines += ["", f"**{self.unfinished()}**"] if self.unfinished() else []
-        lines += ["", "## Verdicts", ""]
+        lines += ["", "## Verdicts", "", self.verdict_table().markdown()]
         for verdict in self.verdicts:
             lines += [
                 f"### {verdict.title}",
@@ -386,11 +387,18 @@ def _again() -> list[str]:
 
 def _verdict_html(verdict: Verdict) -> str:
     badge = f'<span class="badge{_TONE.get(verdict.answer, "")}">{escape(verdict.answer)}</span>'
-    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict.reasons)
+    first, rest = verdict.reasons[:_SHOWN], verdict.reasons[_SHOWN:]
+    shown = "".join(f"<li>{escape(reason)}</li>" for reason in first)
+    hidden = "".join(f"<li>{escape(reason)}</li>" for reason in rest)
+    more = (
+        f"<details><summary>{plural(len(rest), 'number')} more</summary><ul>{hidden}</ul></details>"
+        if rest
+        else ""
+    )
     limits = "".join(f"<li>{escape(limit)}</li>" for limit in verdict.limits)
     return (
         f'<section id="{escape(verdict.key)}"><h3>{escape(verdict.title)}{badge}</h3><p>{escape(verdict.claim)}</p>'
-        f'<ul>{reasons}</ul><p class="notes">Rule: {escape(verdict.rule)}</p>'
+        f'<ul>{shown}</ul>{more}<p class="notes">Rule: {escape(verdict.rule)}</p>'
         + (f'<ul class="notes">{limits}</ul>' if limits else "")
         + "</section>"
     )
