@@ -76,7 +76,9 @@ def instrument_table(report: InstrumentReport) -> Table:
             value = row.get(scale.key)
             error = report.errors[row["network"]].get(scale.key)
             text = MISSING if value is None else _number(value)
-            cells.append(text if value is None or not error else f"{text} ±{_number(error)}")
+            # Smaller ones are rounding errors of the sums.
+            shown = value is not None and error is not None and error > 1e-6 * max(1.0, abs(value))
+            cells.append(f"{text} ±{_number(error)}" if shown else text)
         better = scale.better or MISSING
         lines.append([scale.label, *cells, better, _range(scale), _verdict(judgement)])
     columns = ["Metric", *names, "Better", "Attainable", "Judgement: deciding pair"]
