@@ -75,8 +75,11 @@ def instrument_table(report: InstrumentReport) -> Table:
         for row in report.rows:
             value = row.get(scale.key)
             error = report.errors[row["network"]].get(scale.key)
-            text = MISSING if value is None else _number(value)
-            cells.append(text if value is None or not error else f"{text} ±{_number(error)}")
+            cell = MISSING if value is None else _number(value)
+            # Smaller errors are rounding of the sums.
+            if value is not None and error is not None and error > 1e-6 * max(1.0, abs(value)):
+                cell += f" ±{_number(error)}"
+            cells.append(cell)
         better = scale.better or MISSING
         lines.append([scale.label, *cells, better, _range(scale), _verdict(judgement)])
     columns = ["Metric", *names, "Better", "Attainable", "Judgement: deciding pair"]
@@ -143,7 +146,7 @@ def draw_instrument(report: InstrumentReport) -> Figure:
     figure.text(
         0.5,
         0.1 / total,
-        "Bars: two standard errors. Arrow: the side that is read as better. Red titles: a dead network beats a "
+        "Bars: two standard errors. Arrow: the side that is read as better. Coloured titles: a dead network beats a "
         "healthy reference, or comes within chance of it.",
         ha="center",
         fontsize=9,

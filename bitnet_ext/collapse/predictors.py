@@ -251,7 +251,7 @@ def continuations(
     fed, written = prompts, []
     for _ in range(new_tokens):
         logits = session(fed)
-        if not bool(torch.isfinite(logits).all()):
+        if not bool(torch.isfinite(logits.sum())):  # one pass; any NaN or infinity stays in the sum
             return None
         new = logits.argmax(-1) if top_p is None else sample_nucleus(logits.softmax(-1), top_p, generator)
         written.append(new)
@@ -262,25 +262,23 @@ def continuations(
 def sample_nucleus(probabilities: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
     """One token for each row, from its nucleus, int64 [B].
 
-    Without sorting: a token drawn from all is in the nucleus when the likelier ones (of equals, the lower ids) have
-    less than top_p; otherwise it is drawn again. At least top_p of the draws are taken.
+    Without sorting: a token drawn from all is in the nucleus when the likelier ones have less than top_p; otherwise it
+    is drawn again. Equally likely tokens are all in it or none. At least top_p of the draws are taken.
 
     Args:
         probabilities: [B, V]. top_p: in (0, 1].
     """
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    ids = torch.arange(probabilities.size(1), device=probabilities.device)
     result = probabilities.argmax(-1)
     waiting = torch.arange(len(probabilities), device=probabilities.device)
-    cumulated = probabilities.cumsum(-1)
+    p, cumulated = probabilities, probabilities.cumsum(-1)
     while len(waiting):
-        p, mass = probabilities[waiting], cumulated[waiting]
-        point = torch.rand(len(waiting), 1, generator=generator, device=p.device) * mass[:, -1:]
-        drawn = torch.searchsorted(mass, point, right=True).clamp_(max=p.size(1) - 1)
+        point = torch.rand(len(waiting), 1, generator=generator, device=p.device) * cumulated[:, -1:]
+        drawn = torch.searchsorted(cumulated, point, right=True).clamp_(max=p.size(1) - 1)
         own = p.gather(1, drawn)
-        likelier = (p > own) | ((p == own) & (ids < drawn))
-        taken = (torch.where(likelier, p, 0.0).sum(-1) < top_p) & (own[:, 0] > 0)
+        likelier = torch.where(p > own, p, 0.0).sum(-1)
+        taken = (likelier < top_p) & (own[:, 0] > 0)
         result[waiting[taken]] = drawn[taken, 0]
-        waiting = waiting[~taken]
+        waiting, p, cumulated = waiting[~taken], p[~taken], cumulated[~taken]
     return result
