@@ -228,7 +228,7 @@ def _draw(axis: Any, study: Study, group: Sequence[str], row: Row) -> list[Any]:
 
 
 def _one_by_one(clock: NDArray[np.float64], start: float) -> NDArray[np.float64]:
-    """Mean |w| of normal weights of which each has moved by `clock` towards 0 and stayed there: E max(|w| - clock, 0)."""
+    """Mean |w| of normal weights, each moved by `clock` towards 0 and no further: E max(|w| - clock, 0)."""
     deviation = start / math.sqrt(2 / math.pi)
     t = clock / deviation
     result: NDArray[np.float64] = 2 * deviation * (stats.norm.pdf(t) - t * stats.norm.sf(t))
@@ -241,7 +241,8 @@ def effect_figure(
     """Differences to a base arm as dots with their 95 % intervals, one line a contrast; None without any.
 
     The panel on the left is held-out cross-entropy (lower is better), that on the right the use of context (higher is
-    better); seeds are the faint dots, and the text says how many there are and the Holm-adjusted p.
+    better); seeds are the faint dots, and the text says how many there are, the sign-flip p and, in brackets, the
+    Holm-adjusted one.
     """
     by_pair: dict[tuple[str, str], dict[str, ContrastResult]] = {}
     for contrast in contrasts:
@@ -252,7 +253,7 @@ def effect_figure(
         ("heldout_cross_entropy", "cross-entropy: difference (nats per token)"),
         ("mutual_information", "use of context: difference (nats)"),
     )
-    left, right, panel_w, gap, row_h, top, bottom = 2.75, 0.05, 2.3, 1.2, 0.24, 0.2, 0.55
+    left, right, panel_w, gap, row_h, top, bottom = 2.75, 0.05, 2.1, 1.6, 0.24, 0.2, 0.55
     height = top + bottom + row_h * len(by_pair)
     width = left + 2 * panel_w + 2 * gap + right
     figure = _new_figure(width, height)
@@ -298,8 +299,7 @@ def _versus(base: str, other: str) -> str:
 
 def _numbers(contrast: ContrastResult) -> str:
     e = contrast.estimate
-    text = f"{e.mean:+.2f}, n {e.n}"
-    return text if contrast.p_holm is None else f"{text}, p {_p(contrast.p_holm)}"
+    return f"{e.mean:+.2f}, n {e.n}, p {_p(e.p)} ({_p(contrast.p_holm)})"
 
 
 def _p(value: float) -> str:

@@ -264,8 +264,8 @@ class Content:
             f"block-{key}-effects",
             f"{block['title']}: differences, paired by seed",
             "Each arm against its base, at the last step that both have. Dot and bar: mean and 95 % interval (BCa "
-            "bootstrap over seeds); faint dots: seeds; n: seeds; p: exact sign-flip test, Holm-adjusted over the "
-            "block. Circles in blue: better than the base, squares in orange: worse. The base is standard-lr where no "
+            "bootstrap over seeds); faint dots: seeds; n: seeds; p: exact sign-flip test, in brackets Holm-adjusted "
+            "over the block. Circles in blue: better than the base, squares in orange: worse. The base is standard-lr where no "
             "other is named.",
             block_contrasts(self.study, here),
         )
@@ -304,7 +304,7 @@ class Content:
             '<h2 id="verdicts">Verdicts</h2>',
             "<p>Each follows from the numbers of this study by the rule that stands with it; other numbers give other "
             "answers. The unit is the seed, intervals are 95 %.</p>",
-            f'<div class="scroll">{self.verdict_table().html()}</div>',
+            f"<ul>{''.join(f'<li>{escape(v.claim)}{_badge(v)}</li>' for v in self.verdicts)}</ul>",
             *(_verdict_html(verdict) for verdict in self.verdicts),
             '<h2 id="original">The report\'s own table, and ours</h2>',
             table_html(self.original_table()),
@@ -385,8 +385,11 @@ def _again() -> list[str]:
     ]
 
 
+def _badge(verdict: Verdict) -> str:
+    return f'<span class="badge{_TONE.get(verdict.answer, "")}">{escape(verdict.answer)}</span>'
+
+
 def _verdict_html(verdict: Verdict) -> str:
-    badge = f'<span class="badge{_TONE.get(verdict.answer, "")}">{escape(verdict.answer)}</span>'
     first, rest = verdict.reasons[:_SHOWN], verdict.reasons[_SHOWN:]
     shown = "".join(f"<li>{escape(reason)}</li>" for reason in first)
     hidden = "".join(f"<li>{escape(reason)}</li>" for reason in rest)
@@ -397,7 +400,7 @@ def _verdict_html(verdict: Verdict) -> str:
     )
     limits = "".join(f"<li>{escape(limit)}</li>" for limit in verdict.limits)
     return (
-        f'<section id="{escape(verdict.key)}"><h3>{escape(verdict.title)}{badge}</h3><p>{escape(verdict.claim)}</p>'
+        f'<section id="{escape(verdict.key)}"><h3>{escape(verdict.title)}{_badge(verdict)}</h3><p>{escape(verdict.claim)}</p>'
         f'<ul>{shown}</ul>{more}<p class="notes">Rule: {escape(verdict.rule)}</p>'
         + (f'<ul class="notes">{limits}</ul>' if limits else "")
         + "</section>"
