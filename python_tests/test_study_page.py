@@ -178,11 +178,14 @@ def test_text_from_files_is_escaped(tmp_path: Path) -> None:
 
 def test_the_check_of_the_metrics_is_shown(tmp_path: Path) -> None:
     out = write_study(tmp_path / "s", ("B2",), seeds=1)
-    (out / "instrument.json").write_text(
-        json.dumps([{"network": "uniform", "heldout_cross_entropy": LN_V, "zipf": None}])
-    )
+    check = {
+        "rows": [{"network": "uniform", "heldout_cross_entropy": LN_V, "greedy_zipf": None}],
+        "scales": [{"key": "heldout_cross_entropy", "label": "CE"}, {"key": "greedy_zipf", "label": "Zipf"}],
+        "judgements": [{"key": "heldout_cross_entropy", "status": "usable"}],
+    }
+    (out / "instrument.json").write_text(json.dumps(check))
     page = Content(read_study(out)).html()
-    assert "uniform" in page and "10.82" in page
+    assert "uniform" in page and "<td>10.8</td>" in page and "usable" in page
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,13 @@
-"""The collapse laboratory: arms, studies, figures and the report.
+"""The collapse laboratory.
 
-``arms`` name what is compared, ``study`` runs it resumably, ``results`` reads it back, ``table``,
-``figures`` and ``report`` show it; ``findings`` and ``contrasts`` put the curves into words by stated rules.
+What is run   ``arms``, ``blocks`` (the factorial study as data), ``study``, ``schedule``, ``workers``, ``runs``, ``evaluator``
+What is read  ``results``, ``reading`` (how a run ended), ``statistics``, ``clock``
+What it says  ``verdicts`` from ``questions`` and ``solutions`` by the rules of ``judging``; ``findings`` and ``contrasts`` for a
+              small comparison
+How it looks  ``outputs`` chooses ``report`` (a small comparison) or ``study_page`` (blocks); ``page``, ``figures``, ``effects``,
+              ``block_effects``, ``table``, ``glossary``
+The metrics   ``instrument`` checks them on the ``predictors`` of known health, with the ``scales`` of each
+One's own run ``diagnose`` and the modules named after it
 """
 
 from __future__ import annotations

@@ -265,8 +265,8 @@ class Content:
             f"{block['title']}: differences, paired by seed",
             "Each arm against its base, at the last step that both have. Dot and bar: mean and 95 % interval (BCa "
             "bootstrap over seeds); faint dots: seeds; n: seeds; p: exact sign-flip test, in brackets Holm-adjusted "
-            "over the block. Circles in blue: better than the base, squares in orange: worse. The base is standard-lr where no "
-            "other is named.",
+            "over the block. Circles in blue: better than the base, squares in orange: worse. The base is standard-lr "
+            "where no other is named.",
             block_contrasts(self.study, here),
         )
         return [*([effects] if effects is not None else []), *figures]
@@ -276,15 +276,21 @@ class Content:
         path = self.study.directory / "instrument.json"
         if not path.is_file():
             return None
-        rows = json.loads(path.read_text())
-        rows = rows["rows"] if isinstance(rows, dict) else rows
-        keys = [key for key in rows[0] if key != "network"]
+        check = json.loads(path.read_text())
+        judged = {entry["key"]: entry["status"] for entry in check["judgements"]}
         body = [
-            [str(row["network"]), *(MISSING if row.get(k) is None else f"{row[k]:.4g}" for k in keys)]
-            for row in rows
+            [
+                scale["label"],
+                *(_value(row.get(scale["key"])) for row in check["rows"]),
+                judged.get(scale["key"], MISSING),
+            ]
+            for scale in check["scales"]
         ]
-        notes = ["Metrics that rank the dead network above a healthy one are not used for any verdict."]
-        return Table(["Predictor", *(key.replace("_", " ") for key in keys)], body, notes)
+        notes = [
+            "Every metric on predictors of known health, on this text. What ranks a dead network above a healthy "
+            "reference by more than its sampling error is not for verdicts; instrument.md has errors and ranges."
+        ]
+        return Table(["Metric", *(str(row["network"]) for row in check["rows"]), "Judgement"], body, notes)
 
     # --- the two forms --------------------------------------------------------------------------------------------
 
@@ -377,6 +383,10 @@ def _small(value: float) -> str:
 _FORMS = (nats, nats, nats, count, lambda value: f"{value:.1f}", _small, percent, percent)
 
 
+def _value(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, (int, float)) else MISSING
+
+
 def _again() -> list[str]:
     return [
         "The command above, with --resume, runs what is missing and repeats nothing; `bitnet-ext collapse report DIR` "
@@ -400,7 +410,8 @@ def _verdict_html(verdict: Verdict) -> str:
     )
     limits = "".join(f"<li>{escape(limit)}</li>" for limit in verdict.limits)
     return (
-        f'<section id="{escape(verdict.key)}"><h3>{escape(verdict.title)}{_badge(verdict)}</h3><p>{escape(verdict.claim)}</p>'
+        f'<section id="{escape(verdict.key)}"><h3>{escape(verdict.title)}{_badge(verdict)}</h3>'
+        f"<p>{escape(verdict.claim)}</p>"
         f'<ul>{shown}</ul>{more}<p class="notes">Rule: {escape(verdict.rule)}</p>'
         + (f'<ul class="notes">{limits}</ul>' if limits else "")
         + "</section>"
