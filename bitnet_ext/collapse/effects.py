@@ -128,48 +128,52 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) -> Figure:
-    """A grid of panels, one column for each group of arms, with the group's legend above it."""
-    columns = len(groups)
-    left, right, panel_w, panel_h, gap_x, gap_y, bottom = (
-        0.95,
-        0.15,
-        3.0 if columns > 1 else 5.4,
-        1.75,
-        0.25,
-        0.62,
-        0.55,
-    )
-    legend = 0.175 * max(len(group) for group in groups) + 0.12
+    """A grid of panels: one column for each group of arms, its legend above it; a single group takes two columns."""
+    single = len(groups) == 1 and len(rows) > 1
+    columns = 2 if single else len(groups)
+    lines = math.ceil(len(rows) / 2) if single else len(rows)
+    left, right, gap_y, bottom = 0.95, 0.15, 0.62, 0.55  # inches
+    gap_x, panel_w, panel_h = (0.95, 3.6, 1.9) if single else (0.25, 3.0 if columns > 1 else 5.4, 1.75)
+    legend_columns = 3 if single else 1
+    legend = 0.175 * math.ceil(max(len(group) for group in groups) / legend_columns) + 0.12
     width = left + right + columns * panel_w + (columns - 1) * gap_x
-    height = legend + len(rows) * panel_h + (len(rows) - 1) * gap_y + bottom
+    height = legend + lines * panel_h + (lines - 1) * gap_y + bottom
     figure = _new_figure(width, height)
-    for r, row in enumerate(rows):
-        first = None
-        for c, group in enumerate(groups):
-            x = left + c * (panel_w + gap_x)
-            y = height - legend - (r + 1) * panel_h - r * gap_y
-            axis = figure.add_axes(
-                (x / width, y / height, panel_w / width, panel_h / height), sharey=first, sharex=first
+    cells = (
+        [(place // 2, place % 2, groups[0], row) for place, row in enumerate(rows)]
+        if single
+        else [(r, c, group, row) for r, row in enumerate(rows) for c, group in enumerate(groups)]
+    )
+    first: dict[int, Any] = {}  # of each line, whose axes the others of the line share
+    for r, c, group, row in cells:
+        x, y = left + c * (panel_w + gap_x), height - legend - (r + 1) * panel_h - r * gap_y
+        box = (x / width, y / height, panel_w / width, panel_h / height)
+        shared = None if single else first.get(r)
+        axis = figure.add_axes(box, sharey=shared, sharex=shared)
+        first.setdefault(r, axis)
+        handles = _draw(axis, study, group, row)
+        axis.set_xlabel(_X[row.over], fontsize=8, labelpad=1)
+        if c == 0 or single:
+            axis.set_ylabel(row.label, fontsize=8.5)
+        else:
+            axis.tick_params(labelleft=False)
+        if r == 0 and (c == 0 or not single):
+            figure.legend(
+                handles=handles,
+                loc="lower left",
+                bbox_to_anchor=(
+                    (x - 0.05) / width,
+                    (height - legend) / height,
+                    panel_w / width,
+                    legend / height,
+                ),
+                ncols=legend_columns,
+                frameon=False,
+                fontsize=8,
+                handlelength=2.6,
+                labelspacing=0.25,
+                borderpad=0.2,
             )
-            first = first or axis
-            handles = _draw(axis, study, group, row)
-            axis.set_xlabel(_X[row.over], fontsize=8, labelpad=1)
-            if c == 0:
-                axis.set_ylabel(row.label, fontsize=8.5)
-            else:
-                axis.tick_params(labelleft=False)
-            if r == 0:
-                box = ((x - 0.05) / width, (height - legend) / height, panel_w / width, legend / height)
-                figure.legend(
-                    handles=handles,
-                    loc="lower left",
-                    bbox_to_anchor=box,
-                    frameon=False,
-                    fontsize=8,
-                    handlelength=2.6,
-                    labelspacing=0.25,
-                    borderpad=0.2,
-                )
     return figure
 
 

@@ -356,7 +356,8 @@ def limits_of(
         found.append(
             f"{_span(seeds)} seeds an arm and {_span(last)} steps: what happens later is not known. "
             + (
-                "The bootstrap interval of so few seeds is somewhat narrower than its name says."
+                "The bootstrap interval of so few seeds is narrower than its name says: of normal values it held the "
+                "mean 87 % of the time with 6 seeds and 90 % with 10 (simulated)."
                 if seeds[0] < 20
                 else ""
             ).strip()

@@ -51,6 +51,8 @@ details { margin: .3rem 0 .6rem; font-size: .92rem; }
 summary { color: var(--link); cursor: pointer; }
 figure { margin: 1.4rem 0 2rem; }
 figure img { display: block; width: 100%; max-width: 660px; height: auto; }
+figure.wide img { max-width: none; min-width: 700px; }
+figure.wide .scroll { margin: 0 0 .3rem; }
 figcaption { font-size: .9rem; color: var(--soft); max-width: 660px; }
 figcaption b { color: var(--ink); display: block; }
 dl { margin: .5rem 0; }
@@ -72,6 +74,7 @@ ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywher
   .scroll { overflow: visible; }
   table { font-size: 8pt; }
   th, td { padding: .2rem .3rem; }
+  figure img, figure.wide img { min-width: 0; width: auto; max-width: 100%; max-height: 21cm; }
   figure, li, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
@@ -132,10 +135,14 @@ def table_html(table: Table) -> str:
     return f'<div class="scroll">{table.html()}</div><ul class="notes">{notes}</ul>'
 
 
-def figure_html(figure: RenderedFigure) -> str:
-    """A figure inside the page, with its caption."""
+def figure_html(figure: RenderedFigure, wide: bool = False) -> str:
+    """A figure inside the page, with its caption; a wide one takes the page's width and scrolls on a narrow window."""
     data = base64.b64encode(figure.png).decode("ascii")
+    image = f'<img alt="{escape(figure.title)}" src="data:image/png;base64,{data}">'
+    if wide:
+        image = f'<div class="scroll">{image}</div>'
+    opening = '<figure class="wide">' if wide else "<figure>"
     return (
-        f'<figure><img alt="{escape(figure.title)}" src="data:image/png;base64,{data}">'
+        f"{opening}{image}"
         f"<figcaption><b>{escape(figure.title)}</b>{escape(figure.caption)}</figcaption></figure>"
     )

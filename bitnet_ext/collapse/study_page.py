@@ -19,6 +19,7 @@ from bitnet_ext.collapse.effects import block_figures, effect_figure, facets
 from bitnet_ext.collapse.figures import RenderedFigure
 from bitnet_ext.collapse.findings import count, nats, percent, steps
 from bitnet_ext.collapse.glossary import GLOSSARY
+from bitnet_ext.collapse.judging import STATE_RULE
 from bitnet_ext.collapse.page import document, escape, figure_html, pairs, plural, table_html, words
 from bitnet_ext.collapse.reading import RULES, STATUS, classify, log_vocab
 from bitnet_ext.collapse.results import (
@@ -312,6 +313,7 @@ class Content:
             "answers. The unit is the seed, intervals are 95 %.</p>",
             f"<ul>{''.join(f'<li>{escape(v.claim)}{_badge(v)}</li>' for v in self.verdicts)}</ul>",
             *(_verdict_html(verdict) for verdict in self.verdicts),
+            f'<p class="notes">How an arm is judged: {escape(STATE_RULE)}</p>',
             '<h2 id="original">The report\'s own table, and ours</h2>',
             table_html(self.original_table()),
         ]
@@ -320,7 +322,7 @@ class Content:
                 f'<h2 id="block-{escape(key)}">{escape(key)}: {escape(block["title"])}</h2>',
                 f"<p>{escape(block['question'])}</p>",
                 table_html(self.block_table(key)),
-                *(figure_html(figure) for figure in self._block_figures[key]),
+                *(figure_html(figure, wide=True) for figure in self._block_figures[key]),
             ]
         parts += ['<h2 id="metrics">Metrics and their limits</h2>']
         parts += [table_html(instrument)] if instrument is not None else []
@@ -345,6 +347,7 @@ class Content:
             ]
             lines += [f"* {reason}" for reason in verdict.reasons]
             lines += [f"* Limit: {limit}" for limit in verdict.limits] + [""]
+        lines += [f"How an arm is judged: {STATE_RULE}", ""]
         lines += ["## The report's own table, and ours", "", self.original_table().markdown()]
         for key, block in self.blocks.items():
             lines += [
@@ -395,6 +398,11 @@ def _again() -> list[str]:
     ]
 
 
+def _own_rule(verdict: Verdict) -> str:
+    """The rule without the part that all share, which stands below them."""
+    return " ".join(verdict.rule.replace(STATE_RULE, "").split())
+
+
 def _badge(verdict: Verdict) -> str:
     return f'<span class="badge{_TONE.get(verdict.answer, "")}">{escape(verdict.answer)}</span>'
 
@@ -412,7 +420,7 @@ def _verdict_html(verdict: Verdict) -> str:
     return (
         f'<section id="{escape(verdict.key)}"><h3>{escape(verdict.title)}{_badge(verdict)}</h3>'
         f"<p>{escape(verdict.claim)}</p>"
-        f'<ul>{shown}</ul>{more}<p class="notes">Rule: {escape(verdict.rule)}</p>'
+        f'<ul>{shown}</ul>{more}<p class="notes">Rule: {escape(_own_rule(verdict))}</p>'
         + (f'<ul class="notes">{limits}</ul>' if limits else "")
         + "</section>"
     )
