@@ -1,25 +1,22 @@
-"""Figures of the factorial study: curves of a block's arms, and their effects with intervals."""
+"""Figures of the factorial study: curves of a block's arms."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 from scipy import stats
 
+from bitnet_ext.collapse.drawing import new_figure, png
 from bitnet_ext.collapse.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, RenderedFigure
-from bitnet_ext.collapse.judging import ContrastResult
 from bitnet_ext.collapse.results import Study
 
-DPI = 130
 _COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY)
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.3)))
 _FACET = 6  # arms of a panel beside the base arms: as many as there are colours that anyone can tell apart
@@ -107,24 +104,12 @@ def block_figures(
         present = [row for row in rows if any(_has(study, arm, row) for group in groups for arm in group)]
         if present:
             figure = _panels(study, groups, present)
-            figures.append(RenderedFigure(f"{key}-{name}", heading, caption, _png(figure)))
+            figures.append(RenderedFigure(f"{key}-{name}", heading, caption, png(figure)))
     return figures
 
 
 def _has(study: Study, arm: str, row: Row) -> bool:
     return any(map(math.isfinite, study.mean_series(arm, row.key, row.over)[1]))
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) -> Figure:
@@ -138,7 +123,7 @@ def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) 
     legend = 0.175 * math.ceil(max(len(group) for group in groups) / legend_columns) + 0.12
     width = left + right + columns * panel_w + (columns - 1) * gap_x
     height = legend + lines * panel_h + (lines - 1) * gap_y + bottom
-    figure = _new_figure(width, height)
+    figure = new_figure(width, height)
     cells = (
         [(place // 2, place % 2, groups[0], row) for place, row in enumerate(rows)]
         if single
@@ -237,74 +222,3 @@ def _one_by_one(clock: NDArray[np.float64], start: float) -> NDArray[np.float64]
     t = clock / deviation
     result: NDArray[np.float64] = 2 * deviation * (stats.norm.pdf(t) - t * stats.norm.sf(t))
     return result
-
-
-def effect_figure(
-    name: str, title: str, caption: str, contrasts: Iterable[ContrastResult]
-) -> RenderedFigure | None:
-    """Differences to a base arm as dots with their 95 % intervals, one line a contrast; None without any.
-
-    The panel on the left is held-out cross-entropy (lower is better), that on the right the use of context (higher is
-    better); seeds are the faint dots, and the text says how many there are, the sign-flip p and, in brackets, the
-    Holm-adjusted one.
-    """
-    by_pair: dict[tuple[str, str], dict[str, ContrastResult]] = {}
-    for contrast in contrasts:
-        by_pair.setdefault((contrast.base, contrast.other), {})[contrast.key] = contrast
-    if not by_pair:
-        return None
-    panels = (
-        ("heldout_cross_entropy", "cross-entropy: difference (nats per token)"),
-        ("mutual_information", "use of context: difference (nats)"),
-    )
-    left, right, panel_w, gap, row_h, top, bottom = 2.75, 0.05, 2.1, 1.6, 0.24, 0.2, 0.55
-    height = top + bottom + row_h * len(by_pair)
-    width = left + 2 * panel_w + 2 * gap + right
-    figure = _new_figure(width, height)
-    for p, (key, label) in enumerate(panels):
-        x = left + p * (panel_w + gap)
-        axis = figure.add_axes((x / width, bottom / height, panel_w / width, 1 - (top + bottom) / height))
-        axis.axvline(0, color="#444444", linewidth=1)
-        for place, pair in enumerate(by_pair):
-            if key not in by_pair[pair]:
-                continue
-            result = by_pair[pair][key]
-            e = result.estimate
-            better = e.mean < 0 if key == "heldout_cross_entropy" else e.mean > 0
-            colour = BLUE if better else VERMILLION
-            axis.plot(e.values, [place] * len(e.values), ".", color=colour, alpha=0.35, markersize=4)
-            if e.low is not None and e.high is not None:
-                axis.plot([e.low, e.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
-            axis.plot([e.mean], [place], "o" if better else "s", color=colour, markersize=5)
-            axis.annotate(
-                _numbers(result),
-                (1, place),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-                color="#333333",
-            )
-        axis.set_ylim(len(by_pair) - 0.4, -0.6)
-        axis.set_yticks(range(len(by_pair)), [_versus(*pair) for pair in by_pair] if p == 0 else [])
-        axis.tick_params(labelsize=8)
-        axis.tick_params(axis="y", length=0)
-        axis.set_xlabel(label, fontsize=8.5)
-        axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    return RenderedFigure(name, title, caption, _png(figure))
-
-
-def _versus(base: str, other: str) -> str:
-    return other if base == "standard-lr" else f"{other}  vs  {base}"
-
-
-def _numbers(contrast: ContrastResult) -> str:
-    e = contrast.estimate
-    return f"{e.mean:+.2f}, n {e.n}, p {_p(e.p)} ({_p(contrast.p_holm)})"
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_ext.collapse.block_effects import block_contrasts
-from bitnet_ext.collapse.effects import block_figures, effect_figure, facets
+from bitnet_ext.collapse.effect_plot import effect_figure
+from bitnet_ext.collapse.effects import block_figures, facets
 from bitnet_ext.collapse.figures import RenderedFigure
 from bitnet_ext.collapse.findings import count, nats, percent, steps
 from bitnet_ext.collapse.glossary import GLOSSARY
@@ -264,10 +265,7 @@ class Content:
         effects = effect_figure(
             f"block-{key}-effects",
             f"{block['title']}: differences, paired by seed",
-            "Each arm against its base, at the last step that both have. Dot and bar: mean and 95 % interval (BCa "
-            "bootstrap over seeds); faint dots: seeds; n: seeds; p: exact sign-flip test, in brackets Holm-adjusted "
-            "over the block. Circles in blue: better than the base, squares in orange: worse. The base is standard-lr "
-            "where no other is named.",
+            "Each arm against its base arm, seed by seed, at the last step that both have.",
             block_contrasts(self.study, here),
         )
         return [*([effects] if effects is not None else []), *figures]
