@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from bitnet_ext.collapse.drawing import new_figure, png
 from bitnet_ext.collapse.figures import BLUE, VERMILLION, RenderedFigure
@@ -27,8 +27,8 @@ _PANELS = ((CE, "cross-entropy (nats per token)"), (MI, "use of context (nats)")
 _ALONE = 5.0  # a contrast so many times as far out as all others of its band gets a band of its own
 
 # Sizes in inches.
-_LEFT, _PANEL, _TEXT, _GAP, _LINE, _HEAD, _FOOT = 1.75, 1.75, 2.3, 0.12, 0.23, 0.26, 0.3
-_COLUMNS = (0.08, 1.27, 1.55, 2.0)  # where mean, n, p and Holm's p begin, right of a panel
+_LEFT, _PANEL, _TEXT, _GAP, _LINE, _HEAD, _FOOT = 1.75, 1.75, 2.45, 0.2, 0.23, 0.26, 0.3
+_COLUMNS = (0.08, 1.47, 1.68, 2.07)  # where mean, n, p and Holm's p begin, right of a panel
 
 Pair = tuple[str, str]
 Found = dict[Pair, dict[str, ContrastResult]]
@@ -66,33 +66,39 @@ def effect_figure(
     top -= 0.14
     for group in groups:
         tall = _LINE * len(group)
-        heading = f"against {group[0][0]}"
+        bases = dict.fromkeys(base for base, _ in group)
+        heading = f"against {group[0][0]}" if len(bases) == 1 else "pairs"
         figure.text(0.08 / width, (top - 0.13) / height, heading, fontsize=8.5, color="#333333", va="center")
+        names = [other if len(bases) == 1 else f"{other} vs {base}" for base, other in group]
         top -= _HEAD
         for p, (key, _) in enumerate(_PANELS):
             x = _LEFT + p * (_PANEL + _TEXT + _GAP)
             axis = figure.add_axes((x / width, (top - tall) / height, _PANEL / width, tall / height))
             _band(axis, [found[pair].get(key) for pair in group], key)
-            axis.set_yticks(range(len(group)), [other for _, other in group] if p == 0 else [])
+            axis.set_yticks(range(len(group)), names if p == 0 else [])
         top -= tall + _FOOT
     return RenderedFigure(name, title, f"{caption} {READING}", png(figure))
 
 
 def bands(found: Found) -> list[list[Pair]]:
-    """The contrasts of each base arm together; one that lies far out of all others of its base stands before them."""
+    """The contrasts of each base arm together.
+
+    One that lies far out of all others of its base stands before them. Bases with one contrast each share a band.
+    """
     by_base: dict[str, list[Pair]] = {}
     for pair in found:
         by_base.setdefault(pair[0], []).append(pair)
-    groups = []
+    groups, single = [], []
     for pairs in by_base.values():
-        if len(pairs) > 2:
-            far = max(pairs, key=lambda pair: _reach(found[pair]))
-            rest = [pair for pair in pairs if pair != far]
-            if _reach(found[far]) > _ALONE * max(_reach(found[pair]) for pair in rest):
-                groups += [[far], rest]
-                continue
-        groups.append(pairs)
-    return groups
+        far = max(pairs, key=lambda pair: _reach(found[pair]))
+        rest = [pair for pair in pairs if pair != far]
+        if len(pairs) == 1:
+            single += pairs
+        elif len(rest) > 1 and _reach(found[far]) > _ALONE * max(_reach(found[pair]) for pair in rest):
+            groups += [[far], rest]
+        else:
+            groups.append(pairs)
+    return [*groups, single] if single else groups
 
 
 def _reach(results: dict[str, ContrastResult]) -> float:
@@ -121,8 +127,7 @@ def _band(axis: Any, results: Sequence[ContrastResult | None], key: str) -> None
             markeredgecolor="white",
             markeredgewidth=0.5,
         )
-        digits = 2 if key == CE else 3
-        cells = (_interval(e, digits), str(e.n), _p(e.p), _p(result.p_holm))
+        cells = (_interval(e), str(e.n), _p(e.p), _p(result.p_holm))
         for inches, cell in zip(_COLUMNS, cells, strict=True):
             axis.annotate(
                 cell,
@@ -135,7 +140,7 @@ def _band(axis: Any, results: Sequence[ContrastResult | None], key: str) -> None
                 color="#333333",
             )
     axis.set_ylim(len(results) - 0.4, -0.6)
-    axis.locator_params(axis="x", nbins=4)
+    axis.locator_params(axis="x", nbins=5)
     axis.tick_params(axis="x", labelsize=7.5, length=2, pad=2)
     axis.tick_params(axis="y", labelsize=8, length=0)
     axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
@@ -151,20 +156,20 @@ def _mark(e: Estimate, key: str) -> tuple[str, str]:
     return (BLUE, "o") if better else (VERMILLION, "s")
 
 
-def _interval(e: Estimate, digits: int) -> str:
+def _interval(e: Estimate) -> str:
+    bounds = [bound for bound in (e.low, e.high) if bound is not None]
+    digits = 3 if all(abs(value) < 1 for value in (e.mean, *bounds)) else 2
     mean = signed(e.mean, digits)
-    if e.low is None or e.high is None:
-        return mean
-    return f"{mean} [{signed(e.low, digits)}, {signed(e.high, digits)}]"
+    return f"{mean} [{', '.join(signed(bound, digits, '-') for bound in bounds)}]" if bounds else mean
 
 
-def signed(value: float, digits: int) -> str:
-    """A difference with its sign and a true minus; what rounds to zero has none."""
+def signed(value: float, digits: int, sign: Literal["+", "-"] = "+") -> str:
+    """A difference with its sign ("-": only where it is negative) and a true minus; what rounds to zero has none."""
     if not math.isfinite(value):
         return "not a number"
-    text = f"{value:+.{digits}f}"
+    text = f"{value:{sign}.{digits}f}"
     if float(text) == 0:
-        return text[1:]
+        return text.lstrip("+-")
     return text.replace("-", "\N{MINUS SIGN}")
 
 
