@@ -15,13 +15,17 @@ KEYS = ("heldout_cross_entropy", "mutual_information")
 def base_of(arm: str, arms: Sequence[str]) -> str | None:
     """The arm of a block that another one is a change of; None for a base arm itself.
 
-    A recovery run is compared with the run that goes on unchanged from the same step, a full-precision twin with the
+    A run whose weight decay changes on its way is compared with the one that goes on with some of it, since both have
+    the same course up to there; that one itself, which ``standard-lr`` does not outlast, with nothing. A recovery run
+    is compared with the run that goes on unchanged from the same step, a full-precision twin with the
     ternary net of the same recipe, what has decoupled decay with ``adamw``, and all else with ``standard-lr``.
     """
     if arm.startswith("from-"):
         base = "-".join(arm.split("-")[:2]) + "-continue"
     elif arm.startswith("books-"):
         base = "books-adamw" if arm == "books-fp-adamw" else "books-l2"
+    elif arm.startswith("wd-to-"):
+        base = "wd-to-0.05"
     elif arm.startswith("fp-"):
         base = {"fp-twin": "standard-lr", "fp-twin-adamw": "adamw"}.get(arm, arm.removeprefix("fp-"))
     elif arm.endswith("-adamw") or arm.startswith("adamw-"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,11 @@ from bitnet_ext.collapse.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY,
 from bitnet_ext.collapse.results import Study
 
 _COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY)
-_DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.3)))
+_DASHED = (0, (5, 2))
 _FACET = 6  # arms of a panel beside the base arms: as many as there are colours that anyone can tell apart
 _NATS = "nats per token"
+_SOFT, _DOTTED = "#666666", (0, (1, 1.2))
+_FALLS = ("final_gain_mean_abs", "embedding_mean_abs")  # for which a prediction is drawn
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,68 @@ _TERNARY = (
     Row("absmean_mean", "absmean of the\nternary tensors", log=True),
     Row("flip_rate", "codes changed by one step\n(share)", log=True),
 )
-_X = {"step": "step", "cumulative_lr": "cumulative learning rate"}
+_X = {"step": "step", "cumulative_lr": "cumulative learning rate τ"}
+
+
+#: Arms that belong into one panel together: name of the group, and what their names match. The first that fits counts.
+_KINDS = (
+    ("recovery", r"from-(\d+)-.*"),
+    ("remedy", r"(smoothing|entropy|diversity|head-l2)-.*-(?:l2|adamw)"),
+    ("tensors", r"l2-(only|not)-.*"),
+    ("precision", r"(fp)-.*"),
+    ("rate", r"(?:lr|reduced-lr)(-).*"),
+)
 
 
 def facets(arms: Sequence[str], bases: Sequence[str]) -> list[list[str]]:
-    """Arms in groups that one panel can show, each behind the base arms that it is compared with."""
+    """Arms in groups that one panel can show, each behind the base arms that it is compared with.
+
+    Few arms are one group. Many are divided by what they have in common: the checkpoint that they go on from (these
+    stand without the base arms), the remedy, the tensors that decay, full precision, the learning rate.
+    """
     others = [arm for arm in arms if arm not in bases]
-    number = max(1, math.ceil(len(others) / _FACET))
-    size = math.ceil(len(others) / number) if others else 0
-    groups = [others[i : i + size] for i in range(0, len(others), size)] if others else [[]]
-    return [[*bases, *group] for group in groups]
+    if len(others) <= _FACET:
+        return [[*bases, *others]]
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for arm in others:
+        kinds.setdefault(_kind(arm), []).append(arm)
+    groups = []
+    for (name, _), members in kinds.items():
+        number = math.ceil(len(members) / (_FACET + 1 if name == "recovery" else _FACET))
+        size = math.ceil(len(members) / number)
+        front = [] if name == "recovery" else bases
+        groups += [[*front, *members[i : i + size]] for i in range(0, len(members), size)]
+    return groups
+
+
+def _kind(arm: str) -> tuple[str, str]:
+    for name, pattern in _KINDS:
+        match = re.fullmatch(pattern, arm)
+        if match:
+            return name, match.group(1)
+    return "other", ""
+
+
+def styles(group: Sequence[str]) -> dict[str, tuple[str, Any, float]]:
+    """Colour, dashes and width of each arm of a panel.
+
+    Black: what the others are compared with. Dashed: decoupled decay. Arms that differ in that alone share a colour.
+    """
+    found: dict[str, tuple[str, Any, float]] = {}
+    colours: dict[str, str] = {}
+    for arm in group:
+        dash = _DASHED if re.search(r"(^|-)adamw(-|$)", arm) else "solid"
+        if arm in ("standard-lr", "adamw") or re.fullmatch(r"from-\d+-continue", arm):
+            found[arm] = (BLACK, dash, 2.4)
+        else:
+            stem = re.sub(r"-(l2|adamw)$", "", arm)
+            found[arm] = (colours.setdefault(stem, _COLOURS[len(colours) % len(_COLOURS)]), dash, 1.7)
+    return found
+
+
+def _continues(group: Sequence[str]) -> bool:
+    """Whether a panel's arms begin at a checkpoint instead of step 0."""
+    return all(_kind(arm)[0] == "recovery" for arm in group)
 
 
 def block_figures(
@@ -86,9 +141,9 @@ def block_figures(
         (
             "decay",
             f"{title}: what the decay does to the weights",
-            "Share of the coordinates whose update the weight decay decides, and sizes of parameters. Dotted: every "
-            "weight moves towards 0 by the learning rate at each step, which is what an L2 term inside Adam does to a "
-            "weight whose own gradient is small (for the embedding, of normal weights).",
+            "Share of the coordinates whose update the weight decay decides, and sizes of parameters. Dotted, the "
+            "prediction: every weight moves towards 0 by the learning rate at each step, which is what an L2 term "
+            "inside Adam does to a weight whose own gradient is small. τ is the sum of the learning rates so far.",
             _CAUSES,
         ),
         (
@@ -117,8 +172,8 @@ def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) 
     single = len(groups) == 1 and len(rows) > 1
     columns = 2 if single else len(groups)
     lines = math.ceil(len(rows) / 2) if single else len(rows)
-    left, right, gap_y, bottom = 0.95, 0.15, 0.62, 0.55  # inches
-    gap_x, panel_w, panel_h = (0.95, 3.6, 1.9) if single else (0.25, 3.0 if columns > 1 else 5.4, 1.75)
+    left, right, gap_y, bottom = 0.8, 0.55, 0.62, 0.5  # inches
+    gap_x, panel_w, panel_h = (1.25, 3.5, 1.9) if single else (0.25, 3.0 if columns > 1 else 5.4, 1.75)
     legend_columns = 3 if single else 1
     legend = 0.175 * math.ceil(max(len(group) for group in groups) / legend_columns) + 0.12
     width = left + right + columns * panel_w + (columns - 1) * gap_x
@@ -134,9 +189,9 @@ def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) 
         x, y = left + c * (panel_w + gap_x), height - legend - (r + 1) * panel_h - r * gap_y
         box = (x / width, y / height, panel_w / width, panel_h / height)
         shared = None if single else first.get(r)
-        axis = figure.add_axes(box, sharey=shared, sharex=shared)
+        axis = figure.add_axes(box, sharey=shared, sharex=None if _continues(group) else shared)
         first.setdefault(r, axis)
-        handles = _draw(axis, study, group, row)
+        handles = _draw(axis, study, group, row, first=group is groups[0], last=group is groups[-1])
         axis.set_xlabel(_X[row.over], fontsize=8, labelpad=1)
         if c == 0 or single:
             axis.set_ylabel(row.label, fontsize=8.5)
@@ -159,24 +214,27 @@ def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) 
                 labelspacing=0.25,
                 borderpad=0.2,
             )
+        if row.key in _FALLS and (
+            single or c == columns - 1
+        ):  # room above the curves for the name of the prediction
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, high + 0.17 * (high - low))
     return figure
 
 
-def _draw(axis: Any, study: Study, group: Sequence[str], row: Row) -> list[Any]:
+def _draw(axis: Any, study: Study, group: Sequence[str], row: Row, *, first: bool, last: bool) -> list[Any]:
+    """One panel; what is written once a line of panels stands in or beside the first or the last of them."""
     if row.over == "step":
-        axis.set_xscale("log")
+        if not _continues(
+            group
+        ):  # what begins at a late step has all of its course in a corner of a logarithmic axis
+            axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
     if row.log:
         axis.set_yscale("log")
     handles = []
-    bases = [arm for arm in group if arm in ("standard-lr", "adamw")]
-    for index, arm in enumerate(group):
-        if arm in bases:
-            colour, dash, width = BLACK, _DASHES[bases.index(arm)], 2.4
-        else:
-            place = index - len(bases)
-            colour, dash, width = _COLOURS[place % len(_COLOURS)], _DASHES[0], 1.7
+    for arm, (colour, dash, width) in styles(group).items():
         for run in study.of(arm):
             axis.plot(*run.series(row.key, row.over), color=colour, linestyle=dash, linewidth=0.5, alpha=0.35)
         line = axis.plot(
@@ -186,34 +244,56 @@ def _draw(axis: Any, study: Study, group: Sequence[str], row: Row) -> list[Any]:
         handles.append(line)
     if row.references:
         lines = [("unigram", study.unigram_cross_entropy)]
-        lines += [("uniform, ln V", math.log(study.vocab_size))] if study.vocab_size else []
+        lines += [("uniform", math.log(study.vocab_size))] if study.vocab_size else []
         for name, value in lines:
             if value is not None and math.isfinite(value):
-                axis.axhline(value, color="#666666", linestyle=(0, (2, 2)), linewidth=0.9, zorder=1)
-                axis.annotate(
-                    f"{name} {value:.2f}",
-                    (0, value),
-                    xycoords=("axes fraction", "data"),
-                    xytext=(3, -8),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color="#444444",
-                )
-    if row.key in ("final_gain_mean_abs", "embedding_mean_abs") and row.over == "cumulative_lr":
-        start = next((y[0] for arm in group if (y := study.mean_series(arm, row.key, row.over)[1])), None)
-        if start is not None:
-            clock = np.linspace(0, 4 * start, 80)
-            fall = (
-                _one_by_one(clock, start) if row.key == "embedding_mean_abs" else np.maximum(start - clock, 0)
-            )
-            axis.plot(clock, fall, color="#666666", linestyle=(0, (1, 1.5)), linewidth=1.4, zorder=1)
+                axis.axhline(value, color=_SOFT, linestyle=(0, (2, 2)), linewidth=0.9, zorder=1)
+                if last:
+                    _beside(axis, value, f"{name}\n{value:.2f}")
+    if row.key in _FALLS and row.over == "cumulative_lr" and not _continues(group):
+        _prediction(axis, study, group, row.key, named=first)
     if row.key == "absmean_mean":
-        axis.axhline(1e-5, color="#666666", linestyle=(0, (1, 1.5)), linewidth=1.2, zorder=1)
+        axis.axhline(1e-5, color=_SOFT, linestyle=_DOTTED, linewidth=1.2, zorder=1)
+        if last:
+            _beside(axis, 1e-5, "clamp\n1e-5")
     axis.tick_params(labelsize=8)
     axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     return handles
+
+
+def _beside(axis: Any, value: float, text: str) -> None:
+    """A few words right of a panel, at a height of its scale: there they hide no curve."""
+    axis.annotate(
+        text,
+        (1, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(3, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+        color="#444444",
+        annotation_clip=True,
+    )
+
+
+def _prediction(axis: Any, study: Study, group: Sequence[str], key: str, named: bool) -> None:
+    """The course of weights that all move towards 0 by the learning rate, dotted in white and black over the curves."""
+    series = (study.mean_series(arm, key, "cumulative_lr")[1] for arm in group)
+    start = next((values[0] for values in series if values), None)
+    if start is None:
+        return
+    clock = np.linspace(0, 4 * start, 80)
+    fall = _one_by_one(clock, start) if key == "embedding_mean_abs" else np.maximum(start - clock, 0)
+    axis.plot(clock, fall, color="white", linewidth=1.6, zorder=5)
+    line = axis.plot(clock, fall, color=BLACK, linestyle=_DOTTED, linewidth=1.6, zorder=6)[0]
+    if named:
+        words = (
+            "max(|w| \N{MINUS SIGN} τ, 0), normal w" if key == "embedding_mean_abs" else "1 \N{MINUS SIGN} τ"
+        )
+        line.set_label(f"predicted: {words}")
+        axis.legend(handles=[line], loc="upper right", fontsize=7, frameon=False, handlelength=2, borderpad=0)
 
 
 def _one_by_one(clock: NDArray[np.float64], start: float) -> NDArray[np.float64]:

@@ -22,6 +22,7 @@ from bitnet_ext.collapse.findings import count, nats, percent, steps
 from bitnet_ext.collapse.glossary import GLOSSARY
 from bitnet_ext.collapse.judging import STATE_RULE
 from bitnet_ext.collapse.page import document, escape, figure_html, pairs, plural, table_html, words
+from bitnet_ext.collapse.part_figures import part_figure
 from bitnet_ext.collapse.reading import RULES, STATUS, classify, log_vocab
 from bitnet_ext.collapse.results import (
     Run,
@@ -268,7 +269,10 @@ class Content:
             "Each arm against its base arm, seed by seed, at the last step that both have.",
             block_contrasts(self.study, here),
         )
-        return [*([effects] if effects is not None else []), *figures]
+        # By group of parameters it is shown once, in the block about the cause, or the first one if that was not run.
+        shown = key == ("B" if "B" in self.blocks else next(iter(self.blocks)))
+        parts = part_figure(f"block-{key}-parts", self.study) if shown else None
+        return [figure for figure in (effects, *figures, parts) if figure is not None]
 
     def instrument(self) -> Table | None:
         """The check of the metrics on known predictors, when its file is beside the study's."""
