@@ -132,7 +132,7 @@ def test_every_arm_has_a_base_in_its_block() -> None:
     for block in BLOCKS.values():
         bases = {arm: base_of(arm, block.arms) for arm in block.arms}
         without = {arm for arm, base in bases.items() if base is None}
-        assert without <= {"standard-lr", "adamw", "books-l2"} | {
+        assert without <= {"standard-lr", "adamw", "books-l2", "wd-to-0.05"} | {
             f"from-{s}-continue" for s in (350, 1100, 4000)
         }
     assert base_of("fp-l2-0.01", BLOCKS["B"].arms) == "l2-0.01"

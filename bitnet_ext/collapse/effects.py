@@ -21,6 +21,7 @@ from bitnet_ext.collapse.results import Study
 _COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY)
 _DASHED = (0, (5, 2))
 _FACET = 6  # arms of a panel beside the base arms: as many as there are colours that anyone can tell apart
+_COLUMNS = 3  # of panels side by side: more would be too small to read on a page
 _NATS = "nats per token"
 _SOFT, _DOTTED = "#666666", (0, (1, 1.2))
 _FALLS = ("final_gain_mean_abs", "embedding_mean_abs")  # for which a prediction is drawn
@@ -107,10 +108,15 @@ def styles(group: Sequence[str]) -> dict[str, tuple[str, Any, float]]:
     for arm in group:
         dash = _DASHED if re.search(r"(^|-)adamw(-|$)", arm) else "solid"
         if arm in ("standard-lr", "adamw") or re.fullmatch(r"from-\d+-continue", arm):
-            found[arm] = (BLACK, dash, 2.4)
+            found[arm] = (BLACK, dash, 2.8)
         else:
             stem = re.sub(r"-(l2|adamw)$", "", arm)
-            found[arm] = (colours.setdefault(stem, _COLOURS[len(colours) % len(_COLOURS)]), dash, 1.7)
+            colour = colours.setdefault(stem, _COLOURS[len(colours) % len(_COLOURS)])
+            found[arm] = (
+                colour,
+                dash,
+                max(2.3 - 0.2 * len(found), 1.1),
+            )  # where curves coincide, all can be seen
     return found
 
 
@@ -155,11 +161,17 @@ def block_figures(
         ),
     )
     figures = []
+    sheets = math.ceil(len(groups) / _COLUMNS)
+    size = math.ceil(len(groups) / sheets) if groups else 1
     for name, heading, caption, rows in plans:
-        present = [row for row in rows if any(_has(study, arm, row) for group in groups for arm in group)]
-        if present:
-            figure = _panels(study, groups, present)
-            figures.append(RenderedFigure(f"{key}-{name}", heading, caption, png(figure)))
+        for sheet in range(sheets):
+            shown = groups[sheet * size : (sheet + 1) * size]
+            present = [row for row in rows if any(_has(study, arm, row) for group in shown for arm in group)]
+            if present:
+                number = f"-{sheet + 1}" if sheets > 1 else ""
+                words = f"{heading} ({sheet + 1} of {sheets})" if sheets > 1 else heading
+                image = png(_panels(study, shown, present))
+                figures.append(RenderedFigure(f"{key}-{name}{number}", words, caption, image))
     return figures
 
 
@@ -172,10 +184,10 @@ def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) 
     single = len(groups) == 1 and len(rows) > 1
     columns = 2 if single else len(groups)
     lines = math.ceil(len(rows) / 2) if single else len(rows)
-    left, right, gap_y, bottom = 0.8, 0.55, 0.62, 0.5  # inches
-    gap_x, panel_w, panel_h = (1.25, 3.5, 1.9) if single else (0.25, 3.0 if columns > 1 else 5.4, 1.75)
+    left, right, gap_y, bottom = 0.85, 0.6, 0.65, 0.55  # inches
+    gap_x, panel_w, panel_h = (1.35, 3.5, 1.9) if single else (0.25, 3.0 if columns > 1 else 5.4, 1.75)
     legend_columns = 3 if single else 1
-    legend = 0.175 * math.ceil(max(len(group) for group in groups) / legend_columns) + 0.12
+    legend = 0.19 * math.ceil(max(len(group) for group in groups) / legend_columns) + 0.12
     width = left + right + columns * panel_w + (columns - 1) * gap_x
     height = legend + lines * panel_h + (lines - 1) * gap_y + bottom
     figure = new_figure(width, height)
@@ -192,9 +204,9 @@ def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) 
         axis = figure.add_axes(box, sharey=shared, sharex=None if _continues(group) else shared)
         first.setdefault(r, axis)
         handles = _draw(axis, study, group, row, first=group is groups[0], last=group is groups[-1])
-        axis.set_xlabel(_X[row.over], fontsize=8, labelpad=1)
+        axis.set_xlabel(_X[row.over], fontsize=9, labelpad=1)
         if c == 0 or single:
-            axis.set_ylabel(row.label, fontsize=8.5)
+            axis.set_ylabel(row.label, fontsize=9.5)
         else:
             axis.tick_params(labelleft=False)
         if r == 0 and (c == 0 or not single):
@@ -209,7 +221,7 @@ def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) 
                 ),
                 ncols=legend_columns,
                 frameon=False,
-                fontsize=8,
+                fontsize=9,
                 handlelength=2.6,
                 labelspacing=0.25,
                 borderpad=0.2,
@@ -256,7 +268,7 @@ def _draw(axis: Any, study: Study, group: Sequence[str], row: Row, *, first: boo
         axis.axhline(1e-5, color=_SOFT, linestyle=_DOTTED, linewidth=1.2, zorder=1)
         if last:
             _beside(axis, 1e-5, "clamp\n1e-5")
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=9)
     axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -272,7 +284,7 @@ def _beside(axis: Any, value: float, text: str) -> None:
         xytext=(3, 0),
         textcoords="offset points",
         va="center",
-        fontsize=7,
+        fontsize=8,
         color="#444444",
         annotation_clip=True,
     )
@@ -293,7 +305,7 @@ def _prediction(axis: Any, study: Study, group: Sequence[str], key: str, named: 
             "max(|w| \N{MINUS SIGN} τ, 0), normal w" if key == "embedding_mean_abs" else "1 \N{MINUS SIGN} τ"
         )
         line.set_label(f"predicted: {words}")
-        axis.legend(handles=[line], loc="upper right", fontsize=7, frameon=False, handlelength=2, borderpad=0)
+        axis.legend(handles=[line], loc="upper right", fontsize=8, frameon=False, handlelength=2, borderpad=0)
 
 
 def _one_by_one(clock: NDArray[np.float64], start: float) -> NDArray[np.float64]:

@@ -51,7 +51,7 @@ details { margin: .3rem 0 .6rem; font-size: .92rem; }
 summary { color: var(--link); cursor: pointer; }
 figure { margin: 1.4rem 0 2rem; }
 figure img { display: block; width: 100%; max-width: 660px; height: auto; }
-figure.wide img { max-width: none; min-width: 700px; }
+figure.wide img { max-width: none; min-width: var(--least, 700px); }
 figure.wide .scroll { margin: 0 0 .3rem; }
 figcaption { font-size: .9rem; color: var(--soft); max-width: 660px; }
 figcaption b { color: var(--ink); display: block; }
@@ -75,10 +75,13 @@ ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywher
   table { font-size: 8pt; }
   th, td { padding: .2rem .3rem; }
   figure img, figure.wide img { min-width: 0; width: auto; max-width: 100%; max-height: 21cm; }
+  details::details-content { content-visibility: visible; block-size: auto; }
   figure, li, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
 """
+
+_LEAST = 0.55  # screen pixels for each pixel of a wide figure, at the least
 
 
 def document(title: str, parts: Sequence[str]) -> str:
@@ -140,7 +143,10 @@ def figure_html(figure: RenderedFigure, wide: bool = False) -> str:
     data = base64.b64encode(figure.png).decode("ascii")
     image = f'<img alt="{escape(figure.title)}" src="data:image/png;base64,{data}">'
     if wide:
-        image = f'<div class="scroll">{image}</div>'
+        width = int.from_bytes(
+            figure.png[16:20], "big"
+        )  # of the picture, from its head: letters stay legible
+        image = f'<div class="scroll" style="--least: {round(_LEAST * width)}px">{image}</div>'
     opening = '<figure class="wide">' if wide else "<figure>"
     return (
         f"{opening}{image}"

@@ -49,13 +49,13 @@ class _Row:
 
 _ROWS = (
     _Row("share of coordinates that\nthe decay dominates", _GROUPS, "step"),
-    _Row("embedding: mean norm\nof a token's row", _bins("embedding"), "cumulative_lr"),
+    _Row("embedding: mean norm\nof a token's row", _bins("embedding"), "cumulative_lr", log=True),
     _Row("output head: mean norm\nof a token's row", _bins("lm_head"), "cumulative_lr", log=True),
 )
 _X = {"step": "step", "cumulative_lr": "cumulative learning rate τ"}
 
 # Sizes in inches.
-_LEFT, _RIGHT, _PANEL_W, _PANEL_H, _GAP_X, _GAP_Y, _TOP, _BOTTOM = 0.8, 1.45, 2.3, 1.75, 0.2, 0.62, 0.3, 0.5
+_LEFT, _RIGHT, _PANEL_W, _PANEL_H, _GAP_X, _GAP_Y, _TOP, _BOTTOM = 0.8, 1.7, 2.0, 1.75, 0.2, 0.62, 0.3, 0.5
 
 
 def part_figure(name: str, study: Study, arms: Sequence[str] = ARMS) -> RenderedFigure | None:
@@ -86,9 +86,9 @@ def part_figure(name: str, study: Study, arms: Sequence[str] = ARMS) -> Rendered
             first = first or axis
             handles = _draw(axis, study, arm, row)
             if r == 0:
-                axis.set_title(f"{arm} ({len(study.leading(arm))} seeds)", fontsize=9)
+                axis.set_title(f"{arm} ({len(study.leading(arm))} seeds)", fontsize=9.5)
             if c == 0:
-                axis.set_ylabel(row.label, fontsize=8.5)
+                axis.set_ylabel(row.label, fontsize=9.5)
             else:
                 axis.tick_params(labelleft=False)
             if c == len(here) - 1:
@@ -97,12 +97,12 @@ def part_figure(name: str, study: Study, arms: Sequence[str] = ARMS) -> Rendered
                     loc="center left",
                     bbox_to_anchor=(1.02, 0.5),
                     frameon=False,
-                    fontsize=7.5,
+                    fontsize=8.5,
                 )
     return RenderedFigure(
         name,
         "Where the decay rules",
-        "Mean over seeds. Above: the share of the coordinates of each group of parameters whose update the weight decay "
+        "Mean over seeds. Above: the share of the coordinates of each group of parameters whose update the decay "
         "decides. Below: mean Euclidean norm of the rows of the embedding and of the output head, for tokens that make "
         "up the first half of the training text, the next 40 %, the last 10 %, and for those that never occur in it, "
         "whose rows get no gradient in the embedding.",
@@ -130,8 +130,8 @@ def _draw(axis: Any, study: Study, arm: str, row: _Row) -> list[Any]:
         drawn = axis.plot(*_points(study, arm, line, row), color=colour, linestyle=dash, linewidth=1.7)[0]
         drawn.set_label(words)
         handles.append(drawn)
-    axis.set_xlabel(_X[row.over], fontsize=8, labelpad=1)
-    axis.tick_params(labelsize=8)
+    axis.set_xlabel(_X[row.over], fontsize=9, labelpad=1)
+    axis.tick_params(labelsize=9)
     axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from bitnet_ext.collapse.reading import RULES, STATUS, classify, log_vocab
 from bitnet_ext.collapse.results import (
     Run,
     Study,
+    number,
     read_study,
     require_evaluations,
     summary_rows,
@@ -138,7 +141,14 @@ class Content:
             if isinstance(about, dict) and not (key == "device" and sessions):
                 entries.append((key, ", ".join(f"{k} {v}" for k, v in about.items())))
         if isinstance(settings.get("command"), str):
-            entries.append(("command", settings["command"]))
+            # The program's own file is another one on each machine.
+            entries.append(
+                ("command", re.sub(r"^\S*(bitnet-ext|cli\.py)(?=\s|$)", "bitnet-ext", settings["command"]))
+            )
+        seconds = sum(_seconds(run) for run in self.study.runs)
+        if seconds:
+            text = f"{seconds / 60:,.1f} minutes, summed over runs of which several may have shared a device"
+            entries.append(("time of the runs", text))
         if self.study.unigram_cross_entropy is not None:
             text = f"{nats(self.study.unigram_cross_entropy)} nats on the held-out text"
             entries.append(("fixed word counts score", text))
@@ -379,6 +389,13 @@ _FINAL = (
     "decay_share",
     "greedy_seq_rep_4",
 )
+
+
+def _seconds(run: Run) -> float:
+    """What a run took: its clock begins again at 0 whenever it is resumed."""
+    clock = [value for row in run.times if (value := number(row.get("seconds"))) is not None]
+    ends = [now for now, then in itertools.pairwise(clock) if then < now]
+    return sum(ends) + (clock[-1] if clock else 0.0)
 
 
 def _small(value: float) -> str:

@@ -91,7 +91,8 @@ def _number(values: Spread | None, form: Callable[[float], str]) -> str:
         return MISSING
     text = form(values.mean)
     low, high = form(values.low), form(values.high)
-    return text if values.count == 1 or low == high else f"{text} ({low}–{high})"  # noqa: RUF001
+    dash = " to " if "-" in low + high else "–"  # noqa: RUF001 - two dashes on end, or "1e-5-2e-5", cannot be read
+    return text if values.count == 1 or low == high else f"{text} ({low}{dash}{high})"
 
 
 def spread_text(values: Sequence[float], form: Callable[[float], str]) -> str:
