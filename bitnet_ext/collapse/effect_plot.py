@@ -19,7 +19,7 @@ READING = (
     "Dot and bar: mean difference and its 95 % interval (BCa bootstrap over seeds); faint dots: seeds. Blue circle: "
     "the whole interval is better than the base (lower cross-entropy, more use of context); orange square: worse; grey "
     "diamond: the interval holds 0, or there are fewer than two seeds, so no direction is shown. At the right the mean "
-    "with its interval, the number of seeds, p of the exact sign-flip test, and p Holm-adjusted over the block. Bands "
+    "with its interval, the number of seeds, and p of the exact sign-flip test, Holm-adjusted over the block. Bands "
     "have scales of their own."
 )
 _GREY = "#7a7a7a"
@@ -27,8 +27,8 @@ _PANELS = ((CE, "cross-entropy (nats per token)"), (MI, "use of context (nats)")
 _ALONE = 5.0  # a contrast so many times as far out as all others of its band gets a band of its own
 
 # Sizes in inches.
-_LEFT, _PANEL, _TEXT, _GAP, _LINE, _HEAD, _FOOT = 1.75, 1.75, 2.45, 0.2, 0.23, 0.26, 0.3
-_COLUMNS = (0.08, 1.47, 1.68, 2.07)  # where mean, n, p and Holm's p begin, right of a panel
+_LEFT, _PANEL, _TEXT, _GAP, _LINE, _HEAD, _FOOT = 1.9, 1.6, 2.6, 0.1, 0.24, 0.28, 0.32
+_COLUMNS = (0.08, 1.74, 2.0)  # where mean, n and p begin, right of a panel
 
 Pair = tuple[str, str]
 Found = dict[Pair, dict[str, ContrastResult]]
@@ -58,17 +58,17 @@ def effect_figure(
     top = height - 0.18
     for p, (_, label) in enumerate(_PANELS):
         x = _LEFT + p * (_PANEL + _TEXT + _GAP)
-        figure.text(x / width, top / height, label, fontsize=8.5, fontweight="bold", va="center")
-        for place, words in zip(_COLUMNS[1:], ("n", "p", "Holm"), strict=True):
+        figure.text(x / width, top / height, label, fontsize=9.5, fontweight="bold", va="center")
+        for place, words in zip(_COLUMNS[1:], ("n", "p (Holm)"), strict=True):
             figure.text(
-                (x + _PANEL + place) / width, top / height, words, fontsize=7.5, color="#555555", va="center"
+                (x + _PANEL + place) / width, top / height, words, fontsize=8.5, color="#555555", va="center"
             )
     top -= 0.14
     for group in groups:
         tall = _LINE * len(group)
         bases = dict.fromkeys(base for base, _ in group)
         heading = f"against {group[0][0]}" if len(bases) == 1 else "pairs"
-        figure.text(0.08 / width, (top - 0.13) / height, heading, fontsize=8.5, color="#333333", va="center")
+        figure.text(0.08 / width, (top - 0.13) / height, heading, fontsize=9, color="#333333", va="center")
         names = [other if len(bases) == 1 else f"{other} vs {base}" for base, other in group]
         top -= _HEAD
         for p, (key, _) in enumerate(_PANELS):
@@ -127,7 +127,7 @@ def _band(axis: Any, results: Sequence[ContrastResult | None], key: str) -> None
             markeredgecolor="white",
             markeredgewidth=0.5,
         )
-        cells = (_interval(e), str(e.n), _p(e.p), _p(result.p_holm))
+        cells = (_interval(e), str(e.n), _p(result.p_holm))
         for inches, cell in zip(_COLUMNS, cells, strict=True):
             axis.annotate(
                 cell,
@@ -136,13 +136,13 @@ def _band(axis: Any, results: Sequence[ContrastResult | None], key: str) -> None
                 xytext=(72 * inches, 0),
                 textcoords="offset points",
                 va="center",
-                fontsize=7,
+                fontsize=8.5,
                 color="#333333",
             )
     axis.set_ylim(len(results) - 0.4, -0.6)
     axis.locator_params(axis="x", nbins=5)
-    axis.tick_params(axis="x", labelsize=7.5, length=2, pad=2)
-    axis.tick_params(axis="y", labelsize=8, length=0)
+    axis.tick_params(axis="x", labelsize=8.5, length=2, pad=2)
+    axis.tick_params(axis="y", labelsize=9, length=0)
     axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)

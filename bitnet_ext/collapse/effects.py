@@ -139,9 +139,9 @@ def block_figures(
         (
             "curves",
             f"{title}: loss, context, and the count",
-            "Mean over seeds, thin lines the seeds. The second row is over the sum of the learning rates so far: arms "
-            "whose curves fall together there go through one course at different speeds. Below the unigram line a "
-            "network predicts better than fixed word counts.",
+            "Mean over seeds, thin lines the seeds; dashed: decoupled decay. The cross-entropy is also shown over τ, "
+            "the sum of the learning rates so far: arms whose curves fall together there go through one course at "
+            "different speeds. Below the unigram line a network predicts better than fixed word counts.",
             _CURVES,
         ),
         (

@@ -235,6 +235,7 @@ class Content:
         """How the arms of a block ended."""
         columns = [
             "Arm",
+            "How it ended",
             "Seeds",
             "Steps",
             "Held-out CE",
@@ -245,7 +246,6 @@ class Content:
             "Last gain",
             "Decay dominates",
             "Repeated 4-grams",
-            "How it ended",
         ]
         rows = []
         for arm in self.blocks[key]["arms"]:
@@ -260,7 +260,7 @@ class Content:
             kinds = [classify(run.evals, self.ln_v) for run in runs]
             named = [STATUS[kind][0] for kind in dict.fromkeys(kinds) if kind is not None]
             rows.append(
-                [arm, str(len(runs)), steps(max(run.last_step for run in runs)), *cells, ", ".join(named)]
+                [arm, ", ".join(named), str(len(runs)), steps(max(run.last_step for run in runs)), *cells]
             )
         notes = [
             "At the last evaluation, mean over seeds (smallest-largest). CE and its excess in nats per token.",
