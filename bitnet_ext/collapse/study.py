@@ -214,11 +214,12 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(settings_path, json.dumps(_settings(config, corpora, targets[0], command), indent=1))
     schedule = Schedule(config.tasks(), out)
-    front = progress or Silent()
-    front.study_started(schedule.number_of_runs, len(schedule.finished), schedule.steps_left)
-    session = _Session(out, schedule, [str(target) for target in targets], processes, together)
+    session = _Session(
+        out, schedule, [str(target) for target in targets], processes, together, progress or Silent()
+    )
+    session.study_started(schedule.number_of_runs, len(schedule.finished), schedule.steps_left)
     try:
-        run_schedule(schedule, out, devices=targets, together=together, processes=processes, progress=front)
+        run_schedule(schedule, out, devices=targets, together=together, processes=processes, progress=session)
     except BaseException:
         session.write()
         if report and any(out.glob("*/seed*/metrics.jsonl")):
@@ -234,31 +235,48 @@ def _devices(device: str) -> list[torch.device]:
 
 
 class _Session:
-    """A line of sessions.jsonl: how long one call worked on a study, where, with what."""
+    """How long one call worked on a study, where, with what: its line of sessions.jsonl, kept up to date.
+
+    It hears of the progress and passes it on. A process that is killed leaves what was true when its last run ended.
+    """
 
     def __init__(
-        self, out: Path, schedule: Schedule, devices: list[str], processes: int, together: int
+        self,
+        out: Path,
+        schedule: Schedule,
+        devices: list[str],
+        processes: int,
+        together: int,
+        front: Progress,
     ) -> None:
         self._path = out / "sessions.jsonl"
+        self._before = self._path.read_text(encoding="utf-8") if self._path.is_file() else ""
         self._schedule, self._started = schedule, time.time()
-        self._before = len(schedule.finished)
+        self._finished = len(schedule.finished)
         name = (
             torch.cuda.get_device_name(devices[0]) if devices[0].startswith("cuda") else platform.processor()
         )
         self._facts = {"devices": devices, "name": name, "processes": processes, "together": together}
+        self._front = front
+        self.study_started = front.study_started
+        self.run_started = front.run_started
+        self.run_advanced = front.run_advanced
+
+    def run_finished(self, task: Task) -> None:
+        self.write()
+        self._front.run_finished(task)
 
     def write(self) -> None:
-        seconds = time.time() - self._started
         line = {
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
-            "seconds": round(seconds, 1),
-            "runs": len(self._schedule.finished) - self._before,
+            "seconds": round(time.time() - self._started, 1),
+            "runs": len(self._schedule.finished) - self._finished,
             **self._facts,
             "bitnet_ext": build_info()["version"],
             "torch": torch.__version__,
         }
-        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with contextlib.suppress(OSError):  # a full disk is told by what cannot do without it
+            write_text_atomic(self._path, self._before + json.dumps(line) + "\n")
 
 
 def _write_results_quietly(out: Path) -> None:
