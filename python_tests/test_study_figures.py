@@ -24,7 +24,7 @@ from bitnet_ext.collapse.judging import CE, MI, ContrastResult
 from bitnet_ext.collapse.part_figures import part_figure
 from bitnet_ext.collapse.results import Study, read_study
 from bitnet_ext.collapse.statistics import paired
-from bitnet_ext.collapse.study_page import Content
+from bitnet_ext.collapse.study_page import Content, _ended
 from bitnet_ext.collapse.table import spread_text
 
 INKS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE)
@@ -198,3 +198,9 @@ def test_facts_of_the_runs(tmp_path: Path) -> None:
 
 def test_ranges_of_negative_numbers_can_be_read() -> None:
     assert spread_text([-0.7, -0.5], lambda value: f"{value:.1f}") == "-0.6 (-0.7 to -0.5)"
+
+
+def test_how_runs_ended_in_words() -> None:
+    assert _ended(["collapsed", None, "collapsed"]) == "collapsed"
+    assert _ended(["uniform", "collapsed", "collapsed"]) == "collapsed 2/3 (dead: uniform output 1/3)"
+    assert _ended([None]) == "\N{EN DASH}"

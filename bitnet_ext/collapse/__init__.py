@@ -6,7 +6,8 @@ What is read  ``results``, ``reading`` (how a run ended), ``statistics``, ``cloc
 What it says  ``verdicts`` from ``questions`` and ``solutions`` by the rules of ``judging``; ``findings`` and
               ``contrasts`` for a small comparison
 How it looks  ``outputs`` chooses ``report`` (a small comparison) or ``study_page`` (blocks); ``page``, ``figures``,
-              ``effects``, ``block_effects``, ``table``, ``glossary``
+              ``effects`` (curves of a block), ``effect_plot`` with ``block_effects``, ``part_figures``, ``drawing``,
+              ``table``, ``glossary``
 The metrics   ``instrument`` checks them on the ``predictors`` of known health, with the ``scales`` of each
 One's own run ``diagnose`` and the modules named after it
 """

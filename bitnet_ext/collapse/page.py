@@ -53,6 +53,12 @@ figure { margin: 1.4rem 0 2rem; }
 figure img { display: block; width: 100%; max-width: 660px; height: auto; }
 figure.wide img { max-width: none; min-width: var(--least, 700px); }
 figure.wide .scroll { margin: 0 0 .3rem; }
+.scroll.wide table { font-size: .82rem; }
+.scroll.wide :is(th, td) { padding: .4rem .45rem; }
+@media (min-width: 1000px) {
+  .scroll.wide, figure.wide .scroll { --room: min(1160px, 100vw - 3rem); width: var(--room);
+    margin-left: calc(50% - var(--room) / 2); }
+}
 figcaption { font-size: .9rem; color: var(--soft); max-width: 660px; }
 figcaption b { color: var(--ink); display: block; }
 dl { margin: .5rem 0; }
@@ -71,9 +77,9 @@ ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywher
   main { max-width: none; padding: 0; }
   nav { display: none; }
   body { font-size: 10.5pt; }
-  .scroll { overflow: visible; }
-  table { font-size: 8pt; }
-  th, td { padding: .2rem .3rem; }
+  .scroll, .scroll.wide, figure.wide .scroll { overflow: visible; width: auto; margin-left: 0; }
+  table, .scroll.wide table { font-size: 8pt; }
+  th, td, .scroll.wide :is(th, td) { padding: .2rem .3rem; }
   figure img, figure.wide img { min-width: 0; width: auto; max-width: 100%; max-height: 21cm; }
   details::details-content { content-visibility: visible; block-size: auto; }
   figure, li, tr { break-inside: avoid; }
@@ -132,10 +138,11 @@ def pairs(entries: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def table_html(table: Table) -> str:
-    """A table that scrolls inside its box, with its notes below."""
+def table_html(table: Table, wide: bool = False) -> str:
+    """A table that scrolls inside its box, with its notes below; a wide one may be wider than the text."""
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
-    return f'<div class="scroll">{table.html()}</div><ul class="notes">{notes}</ul>'
+    box = '<div class="scroll wide">' if wide else '<div class="scroll">'
+    return f'{box}{table.html()}</div><ul class="notes">{notes}</ul>'
 
 
 def figure_html(figure: RenderedFigure, wide: bool = False) -> str:

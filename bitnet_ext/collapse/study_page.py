@@ -6,6 +6,7 @@ Everything that is said follows from the study's files.
 
 from __future__ import annotations
 
+import collections
 import gzip
 import io
 import itertools
@@ -257,11 +258,8 @@ class Content:
                 spread_text([v for v in values if v is not None], form)
                 for values, form in zip(final, _FORMS, strict=True)
             ]
-            kinds = [classify(run.evals, self.ln_v) for run in runs]
-            named = [STATUS[kind][0] for kind in dict.fromkeys(kinds) if kind is not None]
-            rows.append(
-                [arm, ", ".join(named), str(len(runs)), steps(max(run.last_step for run in runs)), *cells]
-            )
+            ended = _ended([classify(run.evals, self.ln_v) for run in runs])
+            rows.append([arm, ended, str(len(runs)), steps(max(run.last_step for run in runs)), *cells])
         notes = [
             "At the last evaluation, mean over seeds (smallest-largest). CE and its excess in nats per token.",
             "Decay dominates: share of the coordinates of which the weight decay decides the next step.",
@@ -327,17 +325,17 @@ class Content:
             *(_verdict_html(verdict) for verdict in self.verdicts),
             f'<p class="notes">How an arm is judged: {escape(STATE_RULE)}</p>',
             '<h2 id="original">The report\'s own table, and ours</h2>',
-            table_html(self.original_table()),
+            table_html(self.original_table(), wide=True),
         ]
         for key, block in self.blocks.items():
             parts += [
                 f'<h2 id="block-{escape(key)}">{escape(key)}: {escape(block["title"])}</h2>',
                 f"<p>{escape(block['question'])}</p>",
-                table_html(self.block_table(key)),
+                table_html(self.block_table(key), wide=True),
                 *(figure_html(figure, wide=True) for figure in self._block_figures[key]),
             ]
         parts += ['<h2 id="metrics">Metrics and their limits</h2>']
-        parts += [table_html(instrument)] if instrument is not None else []
+        parts += [table_html(instrument, wide=True)] if instrument is not None else []
         parts += [words(GLOSSARY), "<h3>How a run ended: the first of these that holds</h3>", words(RULES)]
         parts += ['<h2 id="again">Run it again</h2>', *(f"<p>{escape(line)}</p>" for line in _again())]
         return document(self.title, parts)
@@ -396,6 +394,16 @@ def _seconds(run: Run) -> float:
     clock = [value for row in run.times if (value := number(row.get("seconds"))) is not None]
     ends = [now for now, then in itertools.pairwise(clock) if then < now]
     return sum(ends) + (clock[-1] if clock else 0.0)
+
+
+def _ended(kinds: Sequence[str | None]) -> str:
+    """How the runs of an arm ended, the most frequent way first; how many each, when there are several."""
+    named = [STATUS[kind][0].replace(" (", ": ").rstrip(")") for kind in kinds if kind is not None]
+    ways = collections.Counter(named).most_common()
+    if len(ways) < 2:
+        return ways[0][0] if ways else MISSING
+    first, *rest = [f"{way} {number_of}/{len(named)}" for way, number_of in ways]
+    return f"{first} ({', '.join(rest)})"
 
 
 def _small(value: float) -> str:
