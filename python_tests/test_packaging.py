@@ -142,7 +142,7 @@ def test_metadata() -> None:
     required = {
         re.split(r"[<>=; ]", line)[0] for line in distribution.requires or [] if "extra ==" not in line
     }
-    assert required == {"torch", "numpy", "tiktoken", "safetensors", "tqdm", "matplotlib", "scipy"}
+    assert required == {"torch", "numpy", "tiktoken", "safetensors", "tqdm", "matplotlib", "pillow", "scipy"}
     extras = set(distribution.metadata.get_all("Provides-Extra") or [])
     assert extras == {"examples", "datasets", "tensorboard", "test", "dev"}
 
