@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitnet_ext.collapse.judging import amount, interval
-from bitnet_ext.collapse.reading import SAME_NATS
+from bitnet_ext.collapse.reading import CLOCK_RATIO, SAME_NATS
 from bitnet_ext.collapse.results import Run, Study
 from bitnet_ext.collapse.statistics import MIN_SEEDS, Estimate, paired
 
-#: Ratio of the distances over tau and over steps below which the cumulative learning rate is called the clock.
-CLOCK_RATIO = 1 / 3
 SAME_GAIN = 0.02  # mean distance of two gains below which the two clocks cannot be told apart
 _GRID = 256
 _POINTS = 4  # evaluations that a curve needs

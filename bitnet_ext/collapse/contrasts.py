@@ -11,6 +11,7 @@ import numpy as np
 
 from bitnet_ext.collapse.findings import Finding, count, nats, signed, steps
 from bitnet_ext.collapse.reading import (
+    CLOCK_RATIO,
     DEAD,
     RISE_NATS,
     SAME_NATS,
@@ -23,8 +24,6 @@ from bitnet_ext.collapse.reading import (
 )
 from bitnet_ext.collapse.results import Row, Study, arm_settings
 
-#: Distance ratio below (above) which two curves are said (not) to be one course at another speed.
-CLOCK_RATIO = 1 / 3
 _GRID = 64
 _MAX_SETTINGS = 5
 

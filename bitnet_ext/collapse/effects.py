@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 from scipy import stats
 
-from bitnet_ext.collapse.drawing import new_figure, png
+from bitnet_ext.collapse.drawing import new_figure, png, step_axis
 from bitnet_ext.collapse.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, RenderedFigure
 from bitnet_ext.collapse.results import Study
 
@@ -237,12 +236,8 @@ def _panels(study: Study, groups: Sequence[Sequence[str]], rows: Sequence[Row]) 
 def _draw(axis: Any, study: Study, group: Sequence[str], row: Row, *, first: bool, last: bool) -> list[Any]:
     """One panel; what is written once a line of panels stands in or beside the first or the last of them."""
     if row.over == "step":
-        if not _continues(
-            group
-        ):  # what begins at a late step has all of its course in a corner of a logarithmic axis
-            axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        # What begins at a late step would have all of its course in a corner of a logarithmic axis.
+        step_axis(axis, log=not _continues(group))
     if row.log:
         axis.set_yscale("log")
     handles = []

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter, NullFormatter
-
-from bitnet_ext.collapse.drawing import new_figure, png
+from bitnet_ext.collapse.drawing import new_figure, png, step_axis
 from bitnet_ext.collapse.figures import BLACK, BLUE, GREEN, ORANGE, VERMILLION, RenderedFigure
 from bitnet_ext.collapse.results import Study
 
@@ -119,9 +117,7 @@ def _points(study: Study, arm: str, line: Line, row: _Row) -> tuple[list[float],
 
 def _draw(axis: Any, study: Study, arm: str, row: _Row) -> list[Any]:
     if row.over == "step":
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        step_axis(axis, log=True)
     if row.log:
         axis.set_yscale("log")
     handles = []

@@ -22,6 +22,9 @@ NEAR_UNIFORM_SHARE = 0.95  # of ln V: an entropy that is "nearly uniform"
 RISE_TOKENS = 4.0  # change of unique-of-20 that counts as a rise or fall in a disagreement of metrics
 RISE_NATS = 0.2  # change of held-out cross-entropy that counts in a disagreement of metrics
 SAME_NATS = 0.1  # difference of two arms' cross-entropy that is called small
+CLOCK_RATIO = (
+    1 / 3
+)  # of two curves' distance over the cumulative rate to that over steps: below, the rate is the clock
 SHRUNK_SHARE = 0.1  # of its initial size: a parameter group that has "all but vanished"
 
 #: Status of a run at its last evaluation -> (short label, what it means).
