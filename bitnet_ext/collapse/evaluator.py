@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from bitnet_ext.inference import generate
 from bitnet_ext.metrics.generation import NEW_TOKENS
 from bitnet_ext.models import BitNetForCausalLM
 from bitnet_ext.training import EvaluatedStep
-from bitnet_ext.training.optimizer import parameter_group
+from bitnet_ext.training.optimizer import FusedAdam, parameter_group
 
 #: Seed of the random prompts, the same for every run of every study.
 PROMPT_SEED = 20
@@ -31,6 +32,15 @@ _GROUPS = {
     "head": "lm_head",
     "linear": "latent",
 }
+
+
+def _place(model: BitNetForCausalLM) -> object:
+    """Where a model's parameters and their gradients are: a captured measurement reads the same places again."""
+    places = [id(model)]
+    for p in model.parameters():
+        grad = p.grad._values() if p.grad is not None and p.grad.is_sparse else p.grad
+        places += [p.data_ptr(), 0 if grad is None else grad.data_ptr()]
+    return places
 
 
 class CollapseEvaluator:
@@ -59,61 +69,100 @@ class CollapseEvaluator:
         generation: bool = False,
     ) -> None:
         self.generation = generation
-        self.heldout = heldout
-        self.seq_len = seq_len
-        self.max_tokens = max_tokens
         self.device = device
-        self.unigram = torch.from_numpy(unigram_log_probs)
-        self.row_bins = metrics.row_bins(self.unigram, None if seen is None else torch.from_numpy(seen)).to(
-            device
+        unigram = torch.from_numpy(unigram_log_probs)
+        self._text = metrics.HeldOut(
+            heldout,
+            unigram,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            batch_rows=max(1, 4096 // seq_len),
+            device=device,
         )
-        self.prompts = metrics.fixed_prompts(len(unigram_log_probs), PROMPTS, seed=PROMPT_SEED).to(device)
+        seen_ids = None if seen is None else torch.from_numpy(seen)
+        self._row_bins = metrics.row_bins(unigram, seen_ids).to(device)
+        self._prompts = metrics.fixed_prompts(len(unigram_log_probs), PROMPTS, seed=PROMPT_SEED).to(device)
+        self._texts = metrics.heldout_prompts(heldout).to(device)
         self._codes: list[metrics.PackedCodes] = []
         self._before: dict[str, Tensor] = {}
+        # Of the step: the factor that clipped its gradient, weight decay, 1 - beta1^t, 1 - beta2^t.
+        self._facts = torch.zeros(4, device=device)
+        self._measured: tuple[object, metrics.Repeated] | None = None
 
+    @torch.no_grad()
     def before_step(self, model: BitNetForCausalLM) -> None:
-        self._codes = metrics.packed_codes(model)
-        self._before = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def evaluate(self, model: BitNetForCausalLM, step: EvaluatedStep) -> dict[str, Any]:
+        """Keeps parameters and codes, in the same memory each time."""
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
         codes = metrics.packed_codes(model)
-        result: dict[str, Any] = metrics.decay_shares(self._decay_terms(step))
-        self._before = {}
-        result |= metrics.evaluate_heldout(
-            model,
-            self.heldout,
-            self.unigram,
-            seq_len=self.seq_len,
-            max_tokens=self.max_tokens,
-            batch_rows=max(1, 4096 // self.seq_len),
-            device=self.device,
-        )
-        result["unique_of_20"] = metrics.unique_predictions(model, self.prompts[:20])
-        result["unique_20_random"] = metrics.expected_unique(model, self.prompts)
-        result |= metrics.weight_norms(model)
-        result |= metrics.row_norms(model, self.row_bins)
-        result |= metrics.code_fractions(codes)
-        result["flip_rate"] = metrics.flip_rate(self._codes, codes)
-        result |= metrics.threshold_statistics(model)
-        if step.last and self.generation and math.isfinite(result["heldout_cross_entropy"]):
-            result |= self._generated(model)
-        return result
+        if self._before.keys() != parameters.keys():
+            self._before = {name: p.clone() for name, p in parameters.items()}
+            self._codes = codes
+            return
+        new = [*parameters.values(), *(layer.packed for layer in codes)]
+        kept = [*self._before.values(), *(layer.packed for layer in self._codes)]
+        for mine, theirs in zip(kept, new, strict=True):
+            mine.copy_(theirs)
 
-    def _generated(self, model: BitNetForCausalLM) -> dict[str, Any]:
-        """Measures of continuations of held-out text, by the likeliest token and by nucleus sampling."""
-        result: dict[str, Any] = {}
-        prompts = metrics.heldout_prompts(self.heldout).to(self.device)
-        for name, temperature, top_p in (("greedy", 0.0, None), ("nucleus", 1.0, NUCLEUS)):
-            tokens = generate(model, prompts, NEW_TOKENS, temperature=temperature, top_p=top_p, seed=0)
-            measured = metrics.continuation_metrics(tokens[:, prompts.shape[1] :].cpu())
-            result |= {f"{name}_{key}": value for key, value in measured.items()}
-        return result
-
-    def _decay_terms(self, step: EvaluatedStep) -> dict[str, list[metrics.DecayTerms]]:
-        """What the step's decay competed with, by groups of parameters."""
-        optimizer, config = step.optimizer, step.optimizer.config
-        coupled = config.optimizer == "adam_l2"
+    def evaluate(self, model: BitNetForCausalLM, step: EvaluatedStep) -> Callable[[], dict[str, Any]]:
+        config = step.optimizer.config
         clip = 1.0 if config.grad_clip is None else min(1.0, config.grad_clip / (step.grad_norm + 1e-6))
+        facts = [clip, step.weight_decay, 1 - config.beta1**step.step, 1 - config.beta2**step.step]
+        self._facts.copy_(torch.tensor(facts))
+        place = _place(model)
+        if self._measured is None or self._measured[0] != place:
+            self._measured = (place, metrics.Repeated(self.device))
+        measured = self._measured[1].launch(lambda: self._measure(model, step.optimizer))
+        texts = self._generate(model) if step.last and self.generation else {}
+
+        def result() -> dict[str, Any]:
+            values = measured()
+            if math.isfinite(values["heldout_cross_entropy"]):
+                for name, tokens in texts.items():
+                    found = metrics.continuation_metrics(tokens.cpu())
+                    values |= {f"{name}_{key}": value for key, value in found.items()}
+            return values
+
+        return result
+
+    @torch.no_grad()
+    def _measure(self, model: BitNetForCausalLM, optimizer: FusedAdam) -> metrics.Measurement:
+        codes = metrics.packed_codes(model)
+        unique = metrics.measure_unique(model, self._prompts, 20)
+        return metrics.combine(
+            [
+                metrics.measure_decay_shares(self._decay_terms(optimizer)),
+                self._text.measure(model),
+                metrics.Measurement(
+                    unique.tensors,
+                    lambda arrays: {
+                        column: unique.finish(arrays)[name]
+                        for column, name in (
+                            ("unique_of_20", "unique_first"),
+                            ("unique_20_random", "unique_expected"),
+                        )
+                    },
+                ),
+                metrics.measure_weight_norms(model),
+                metrics.measure_row_norms(model, self._row_bins),
+                metrics.measure_code_fractions(codes),
+                metrics.measure_flip_rate(self._codes, codes),
+                metrics.measure_thresholds(model),
+            ]
+        )
+
+    def _generate(self, model: BitNetForCausalLM) -> dict[str, Tensor]:
+        """Continuations of held-out text, by the likeliest token and by nucleus sampling, int64 [B, NEW_TOKENS]."""
+        return {
+            name: generate(model, self._texts, NEW_TOKENS, temperature=temperature, top_p=top_p, seed=0)[
+                :, self._texts.shape[1] :
+            ]
+            for name, temperature, top_p in (("greedy", 0.0, None), ("nucleus", 1.0, NUCLEUS))
+        }
+
+    def _decay_terms(self, optimizer: FusedAdam) -> dict[str, list[metrics.DecayTerms]]:
+        """What the step's decay competed with, by groups of parameters."""
+        clip, decay, correction1, correction2 = self._facts.unbind()
+        coupled = optimizer.config.optimizer == "adam_l2"
         groups: dict[str, list[metrics.DecayTerms]] = {name: [] for name in _GROUPS.values()}
         for name, p in optimizer.named.items():
             if (
@@ -123,12 +172,12 @@ class CollapseEvaluator:
             if coupled:
                 if p.grad is None:
                     continue
-                rival = p.grad.detach() * clip
+                rival, scale = p.grad, clip
             else:
-                m = optimizer.exp_avg[name] / (1 - config.beta1**step.step)
-                v = optimizer.exp_avg_sq[name] / (1 - config.beta2**step.step)
-                rival = m / (v.sqrt_() + config.eps)
-            decay = step.weight_decay if optimizer.decays[name] else 0.0
-            terms = metrics.DecayTerms(self._before[name], decay, rival)
+                m = optimizer.exp_avg[name] / correction1
+                v = optimizer.exp_avg_sq[name] / correction2
+                rival, scale = m / (v.sqrt_() + optimizer.config.eps), None
+            wd = decay if optimizer.decays[name] else 0.0
+            terms = metrics.DecayTerms(self._before[name], wd, rival, scale)
             groups[_GROUPS[parameter_group(name, p)]].append(terms)
         return groups

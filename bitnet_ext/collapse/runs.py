@@ -125,9 +125,9 @@ def text_of_seed(tokens: NDArray[Any], seed: int) -> NDArray[Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def _initial_model(name: str, quantization: str, seed: int) -> BitNetForCausalLM:
-    """The network that every run of a seed begins with, on the CPU."""
-    return BitNetForCausalLM(preset(name, quantization=quantization), seed=seed)
+def _initial_model(name: str, quantization: str, seed: int, device: torch.device) -> BitNetForCausalLM:
+    """The network that every run of a seed begins with."""
+    return BitNetForCausalLM(preset(name, quantization=quantization), seed=seed).to(device)
 
 
 def advance_task(
@@ -156,7 +156,9 @@ def advance_task(
         log_interval=10 if task.steps <= 1000 else 50,
     )
     # A copy: drawing 28 M random numbers again for every arm of a seed takes half as long as 1,000 steps on a GPU.
-    model = copy.deepcopy(_initial_model(task.model, task.arm.quantization, task.seed))
+    model = copy.deepcopy(_initial_model(task.model, task.arm.quantization, task.seed, device))
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # before another stream may take the original's memory
     corpus = corpus_of(task.data)
     corpus.check_vocab(model.config.vocab_size)
     evaluator = None

@@ -7,8 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitnet_ext.models.kv_cache import KVCache
+from bitnet_ext._capture import capture, capture_stream
+from bitnet_ext.models.kv_cache import KVCache, SteadyKVCache
 from bitnet_ext.models.transformer import BitNetForCausalLM
+from bitnet_ext.nn import resident_weights, weight_caches
+
+#: New tokens from which on a GPU the work of one is captured as a graph.
+CAPTURED_TOKENS = 8
 
 
 @torch.no_grad()
@@ -66,21 +71,19 @@ def generate(
     generator = torch.Generator(device=prompt.device)
     if seed is not None:
         generator.manual_seed(seed)
-    dtype = model.embed_tokens.weight.dtype
-    cache = KVCache(model.config, prompt.shape[0], total, device=prompt.device, dtype=dtype)
+    choice = _Choice(temperature, top_k, top_p, generator)
+    captured = prompt.is_cuda and max_new_tokens >= CAPTURED_TOKENS
+    decoder = (_Captured if captured else _Eager)(model, prompt, total, choice)
     tokens = [prompt]
     done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    step_input = prompt
     try:
         for _ in range(max_new_tokens):
-            hidden = model.hidden_states(step_input, cache)[:, -1]
-            logits = model.logits(hidden).float()
-            new = _choose(logits, temperature, top_k, top_p, generator)
+            new = decoder.next()
             if eos_id is not None:
                 new = torch.where(done, eos_id, new)
                 done |= new == eos_id
+                decoder.replace(new)
             tokens.append(new.unsqueeze(1))
-            step_input = tokens[-1]
             if on_token is not None:
                 on_token(new)
             if eos_id is not None and bool(done.all()):
@@ -90,18 +93,103 @@ def generate(
     return torch.cat(tokens, dim=1)
 
 
-def _choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        limit = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < limit, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        dropped = (before >= top_p).scatter(1, order, before >= top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+class _Choice:
+    """How the next token is chosen from logits."""
+
+    def __init__(
+        self, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    ) -> None:
+        self._temperature, self._top_k, self._top_p, self._generator = temperature, top_k, top_p, generator
+
+    def draw_noise(self, noise: Tensor) -> None:
+        """Fills [B, V] with what :meth:`__call__` needs of chance."""
+        if self._temperature > 0:
+            noise.exponential_(generator=self._generator)
+
+    def __call__(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """int64 [B] of float32 [B, V]."""
+        if self._temperature == 0:
+            return logits.argmax(-1)
+        logits = logits / self._temperature
+        if self._top_k is not None and self._top_k < logits.shape[-1]:
+            limit = logits.topk(self._top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < limit, -torch.inf)
+        if self._top_p is not None and self._top_p < 1:
+            ordered, order = logits.sort(dim=-1, descending=True)
+            share = ordered.softmax(-1)
+            dropped = share.cumsum(-1) - share >= self._top_p
+            logits = logits.masked_fill(torch.empty_like(dropped).scatter_(1, order, dropped), -torch.inf)
+        # The largest p / noise is token j with probability p_j when the noise is exponential: as torch.multinomial.
+        return (logits.softmax(-1) / noise).argmax(-1)
+
+
+class _Eager:
+    """Decodes by calling the model."""
+
+    def __init__(self, model: BitNetForCausalLM, prompt: Tensor, total: int, choice: _Choice) -> None:
+        self._model, self._choice = model, choice
+        self._cache = self._new_cache(total, prompt)
+        self._input = prompt
+        self._noise = torch.empty(0, device=prompt.device)
+
+    def _new_cache(self, total: int, prompt: Tensor) -> KVCache:
+        dtype = self._model.embed_tokens.weight.dtype
+        return KVCache(self._model.config, prompt.shape[0], total, device=prompt.device, dtype=dtype)
+
+    def next(self) -> Tensor:
+        """The next tokens, int64 [B]."""
+        logits = self._model.logits(self._model.hidden_states(self._input, self._cache)[:, -1]).float()
+        if self._noise.shape != logits.shape:
+            self._noise = torch.empty_like(logits)
+        self._choice.draw_noise(self._noise)
+        new = self._choice(logits, self._noise)
+        self._input = new.unsqueeze(1)
+        return new
+
+    def replace(self, new: Tensor) -> None:
+        """Goes on with other tokens than the last ones chosen."""
+        self._input = new.unsqueeze(1)
+
+
+class _Captured(_Eager):
+    """Decodes by replaying one token's work, which is hundreds of launches, as a CUDA graph."""
+
+    def __init__(self, model: BitNetForCausalLM, prompt: Tensor, total: int, choice: _Choice) -> None:
+        super().__init__(model, prompt, total, choice)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._eager_calls = 0
+        self._fixed_input = torch.empty_like(prompt[:, :1])
+        self._new = torch.empty_like(prompt[:, 0])
+
+    def _new_cache(self, total: int, prompt: Tensor) -> KVCache:
+        dtype = self._model.embed_tokens.weight.dtype
+        return SteadyKVCache(self._model.config, prompt.shape[0], total, device=prompt.device, dtype=dtype)
+
+    def next(self) -> Tensor:
+        # The prompt, and one token so that libraries are warm at that size.
+        if self._eager_calls < 2:
+            self._eager_calls += 1
+            return super().next()
+        self._fixed_input.copy_(self._input)
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        self._choice.draw_noise(self._noise)
+        self._graph.replay()
+        new = self._new.clone()
+        self._input = new.unsqueeze(1)
+        return new
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # The weights do not change on the way, so that their codes need not be made again for every token.
+        codes = {
+            cache: cache.get(weights) for cache in weight_caches(self._model) if (weights := cache.weights)
+        }
+        with (
+            capture(graph, capture_stream(self._fixed_input.device)),
+            resident_weights(codes),
+        ):
+            hidden = self._model.hidden_states(self._fixed_input, self._cache)[:, -1]
+            self._new.copy_(self._choice(self._model.logits(hidden).float(), self._noise))
+        self._graph = graph

@@ -7,14 +7,16 @@
 ``ternary``       fractions of -1 / 0 / +1, the share of codes that flip, distances to the thresholds
 ``network``       sizes of gains, embedding, head and latent weights, over all and by word frequency
 ``decay``         where weight decay outweighs the gradient
+``measurement``   numbers that are handed to the device first and fetched together
 ``evaluation``    eval mode for as long as something is measured
 """
 
 from __future__ import annotations
 
-from bitnet_ext.metrics.decay import DecayTerms, decay_dominates, decay_shares
+from bitnet_ext.metrics.decay import DecayTerms, decay_dominates, decay_shares, measure_decay_shares
 from bitnet_ext.metrics.distribution import (
     FREQUENCY_BINS,
+    HeldOut,
     PredictionStatistics,
     evaluate_heldout,
     frequency_bins,
@@ -25,17 +27,29 @@ from bitnet_ext.metrics.diversity import (
     expected_unique,
     fixed_prompts,
     last_predictions,
+    measure_unique,
     seq_rep_n,
     unique_predictions,
 )
 from bitnet_ext.metrics.evaluation import evaluation_mode
 from bitnet_ext.metrics.generation import continuation_metrics, heldout_prompts, zipf_exponent
-from bitnet_ext.metrics.network import ROW_BINS, row_bins, row_norms, weight_norms
+from bitnet_ext.metrics.measurement import Measurement, Repeated, combine
+from bitnet_ext.metrics.network import (
+    ROW_BINS,
+    measure_row_norms,
+    measure_weight_norms,
+    row_bins,
+    row_norms,
+    weight_norms,
+)
 from bitnet_ext.metrics.rarefaction import effective_size, rarefied_unique
 from bitnet_ext.metrics.ternary import (
     PackedCodes,
     code_fractions,
     flip_rate,
+    measure_code_fractions,
+    measure_flip_rate,
+    measure_thresholds,
     packed_codes,
     ternary_fractions,
     threshold_statistics,
@@ -45,9 +59,13 @@ __all__ = [
     "FREQUENCY_BINS",
     "ROW_BINS",
     "DecayTerms",
+    "HeldOut",
+    "Measurement",
     "PackedCodes",
     "PredictionStatistics",
+    "Repeated",
     "code_fractions",
+    "combine",
     "continuation_metrics",
     "decay_dominates",
     "decay_shares",
@@ -62,6 +80,13 @@ __all__ = [
     "heldout_prompts",
     "heldout_rows",
     "last_predictions",
+    "measure_code_fractions",
+    "measure_decay_shares",
+    "measure_flip_rate",
+    "measure_row_norms",
+    "measure_thresholds",
+    "measure_unique",
+    "measure_weight_norms",
     "packed_codes",
     "rarefied_unique",
     "row_bins",

@@ -8,10 +8,15 @@ step -lr * m / (sqrt(v) + eps).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from bitnet_ext import ops
+from bitnet_ext.metrics.measurement import Measurement, Numbers
 
 
 @dataclass(frozen=True)
@@ -20,30 +25,40 @@ class DecayTerms:
 
     Attributes:
         weight: before the step.
-        weight_decay: 0 where the decay does not reach the parameter.
-        rival: what the decay competes with, of the weight's shape or sparse in its rows: coupled decay, the clipped
-            gradient; decoupled decay, m / (sqrt(v) + eps) with the bias-corrected moments after the step.
+        weight_decay: a number, or a tensor [] on the weight's device; 0 where the decay does not reach the parameter.
+        rival: what the decay competes with, of the weight's shape or sparse in its rows: coupled decay, the gradient;
+            decoupled decay, m / (sqrt(v) + eps) with the bias-corrected moments after the step.
+        rival_scale: factor of the rival, a tensor [] on its device; of a gradient, what clips it.
     """
 
     weight: Tensor
-    weight_decay: float
+    weight_decay: float | Tensor
     rival: Tensor
+    rival_scale: Tensor | None = None
 
 
 @torch.no_grad()
 def decay_dominates(terms: DecayTerms) -> Tensor:
     """How many coordinates have |weight_decay * weight| > |rival|, int64 [] on the weight's device."""
     weight, rival = terms.weight.detach(), terms.rival.detach()
-    if terms.weight_decay == 0.0:
+    if not isinstance(terms.weight_decay, Tensor) and terms.weight_decay == 0.0:
         return torch.zeros((), dtype=torch.int64, device=weight.device)
-    if rival.is_sparse:
-        # Rows without a gradient: the decay is alone wherever the weight is not 0.
-        rival = rival.coalesce()
-        ids = rival.indices()[0]
-        rows = weight[ids]
-        absent = torch.count_nonzero(weight) - torch.count_nonzero(rows)
-        return absent + (rows.abs() * terms.weight_decay > rival.values().abs()).sum()
-    return (weight.abs() * terms.weight_decay > rival.abs()).sum()
+
+    def dominates(weight: Tensor, rival: Tensor) -> Tensor:
+        scaled = rival if terms.rival_scale is None else rival * terms.rival_scale
+        return weight.abs() * terms.weight_decay > scaled.abs()
+
+    if not rival.is_sparse:
+        return dominates(weight, rival).sum()
+    # Rows without a gradient: the decay is alone wherever the weight is not 0. Each row that has one is looked at where
+    # its id occurs first.
+    ids, values = rival._indices()[0], rival._values()
+    sums, slots = ops.sum_rows(ids, values, weight.shape[0])
+    first = slots[ids] == torch.arange(len(ids), device=ids.device)
+    rows = weight[ids]
+    alone = torch.count_nonzero(weight) - (first[:, None] & (rows != 0)).sum()
+    alone = alone * (torch.as_tensor(terms.weight_decay, device=weight.device) != 0)
+    return alone + (first[:, None] & dominates(rows, sums)).sum()
 
 
 def decay_shares(groups: dict[str, list[DecayTerms]]) -> dict[str, float | None]:
@@ -52,12 +67,22 @@ def decay_shares(groups: dict[str, list[DecayTerms]]) -> dict[str, float | None]
     Returns:
         decay_share_<group> in [0, 1] for each group, None for an empty one; decay_share over all of them.
     """
-    sizes = {name: sum(t.weight.numel() for t in terms) for name, terms in groups.items()}
+    return measure_decay_shares(groups).result()
+
+
+def measure_decay_shares(groups: dict[str, list[DecayTerms]]) -> Measurement:
+    """:func:`decay_shares` without waiting for the device."""
+    sizes = {name: [t.weight.numel() for t in terms] for name, terms in groups.items()}
     everything = [terms for group in groups.values() for terms in group]
-    counts = iter(torch.stack([decay_dominates(t) for t in everything]).tolist() if everything else [])
-    totals = {name: sum(next(counts) for _ in terms) for name, terms in groups.items()}
-    result: dict[str, float | None] = {
-        f"decay_share_{name}": totals[name] / size if size else None for name, size in sizes.items()
-    }
-    size = sum(sizes.values())
-    return {"decay_share": sum(totals.values()) / size if size else None} | result
+
+    def finish(arrays: Sequence[Numbers]) -> dict[str, Any]:
+        counts = iter(arrays[0].tolist() if arrays else [])
+        totals = {name: sum(next(counts) for _ in numbers) for name, numbers in sizes.items()}
+        size = sum(map(sum, sizes.values()))
+        return {"decay_share": sum(totals.values()) / size if size else None} | {
+            f"decay_share_{name}": totals[name] / sum(numbers) if numbers else None
+            for name, numbers in sizes.items()
+        }
+
+    counted = (torch.stack([decay_dominates(t) for t in everything]),) if everything else ()
+    return Measurement(counted, finish)

@@ -11,7 +11,9 @@ it has.
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from bitnet_ext import ops
 from bitnet_ext.metrics.evaluation import evaluation_mode
+from bitnet_ext.metrics.measurement import Measurement, Numbers
 from bitnet_ext.metrics.rarefaction import rarefied_unique
 
 #: Training-unigram mass at which the head of the vocabulary ends and the tail begins.
@@ -28,9 +31,9 @@ FREQUENCY_BINS = (0.5, 0.9)
 # because the three element-wise steps then meet the block in cache; a GPU wants blocks that fill it.
 _CPU_BLOCK_BYTES = 16 * 50_257 * 4
 _CUDA_BLOCK_BYTES = 256 << 20
-# Logits that evaluate_heldout holds at once.
-_CPU_LOGITS_BYTES = 128 * 50_257 * 4
-_CUDA_LOGITS_BYTES = 512 << 20
+# Logits that evaluate_heldout holds at once: 128 rows of 50,257 fp32 (26 MB) stay in the L2 cache of a large GPU for
+# the passes over them.
+_LOGITS_BYTES = 128 * 50_257 * 4
 
 
 def frequency_bins(unigram_log_probs: Tensor) -> Tensor:
@@ -53,6 +56,17 @@ def frequency_bins(unigram_log_probs: Tensor) -> Tensor:
     # The slack keeps a mass that is 0.5 but for rounding out of the head.
     bins[order] = sum((mass_before >= edge - 1e-12).long() for edge in FREQUENCY_BINS)
     return bins
+
+
+class _Rows(NamedTuple):
+    """Statistics of positions, [T] each."""
+
+    lse: Tensor  # float64
+    target_logit: Tensor
+    expected_logit: Tensor
+    argmax: Tensor
+    top_logit: Tensor
+    centred_norm: Tensor
 
 
 class PredictionStatistics:
@@ -93,14 +107,23 @@ class PredictionStatistics:
             )
         self.vocab_size = vocab_size
         self.device = torch.device(device)
-        self.positions = 0
         self._unigram_log_probs = log_probs.to(self.device)
         self._bins = frequency_bins(log_probs).to(self.device)
+        self._clear()
+
+    def emptied(self) -> PredictionStatistics:
+        """Statistics of no position yet, for the same vocabulary."""
+        new = copy.copy(self)
+        new._clear()
+        return new
+
+    def _clear(self) -> None:
+        self.positions = 0
         # fp64 sums over positions: cross-entropy, unigram cross-entropy, entropy, logit std, probability of the
         # argmax; then a count of rows that are not finite.
         self._sums = torch.zeros(6, dtype=torch.float64, device=self.device)
-        self._mass = torch.zeros(vocab_size, dtype=torch.float64, device=self.device)
-        self._argmax_counts = torch.zeros(vocab_size, dtype=torch.int64, device=self.device)
+        self._mass = torch.zeros(self.vocab_size, dtype=torch.float64, device=self.device)
+        self._argmax_counts = torch.zeros(self.vocab_size, dtype=torch.int64, device=self.device)
         self._bin_counts = torch.zeros(2, len(FREQUENCY_BINS) + 1, dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
@@ -123,46 +146,75 @@ class PredictionStatistics:
             )
         if target.numel() == 0:
             return
-        low, high = torch.stack(torch.aminmax(target)).tolist()
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"target must lie in [0, {self.vocab_size}); got values from {low} to {high}")
+        check_targets(target, self.vocab_size)
+        self._add(self._rows(logits.detach().contiguous(), target), target)
 
-        logits = logits.detach().contiguous()
+    def _rows(self, logits: Tensor, target: Tensor, overwrite: bool = False) -> _Rows:
+        """Statistics of each position; adds the positions' distributions to the mass.
+
+        With `overwrite`, float32 logits are used up.
+        """
         lse, target_logit, mean_logit, expected_logit, argmax = ops.softmax_stats(logits, target)
-        centred_norm = self._accumulate_mass(logits, lse, mean_logit)
         top_logit = logits.gather(1, argmax[:, None])[:, 0]
+        norms = self._accumulate_mass(logits, lse, mean_logit, overwrite)
+        return _Rows(lse, target_logit, expected_logit, argmax, top_logit, norms)
 
+    def _add(self, rows: _Rows, target: Tensor) -> None:
+        """Adds what :meth:`_rows` found. No number is read on the host."""
+        lse, expected = rows.lse, rows.expected_logit
         self.positions += target.numel()
         self._sums += torch.stack(
             [
-                (lse - target_logit).double().sum(),
-                -self._unigram_log_probs[target].sum(),
-                (lse - expected_logit).double().sum(),
-                centred_norm.double().sum() / math.sqrt(self.vocab_size),
-                (top_logit.double() - lse).exp().sum(),
-                (~(torch.isfinite(lse) & torch.isfinite(expected_logit))).double().sum(),
+                lse - rows.target_logit,
+                -self._unigram_log_probs[target],
+                lse - expected,
+                rows.centred_norm.double() / math.sqrt(self.vocab_size),
+                (rows.top_logit - lse).exp(),
+                (~(torch.isfinite(lse) & torch.isfinite(expected))).double(),
             ]
-        )
-        self._argmax_counts += torch.bincount(argmax, minlength=self.vocab_size)
+        ).sum(1)
+        one = torch.ones_like(target)
+        self._argmax_counts.index_add_(0, rows.argmax, one)
         bins = self._bins[target]
-        number = len(FREQUENCY_BINS) + 1
-        self._bin_counts[0] += torch.bincount(bins, minlength=number)
-        self._bin_counts[1] += torch.bincount(bins[argmax == target], minlength=number)
+        self._bin_counts[0].index_add_(0, bins, one)
+        self._bin_counts[1].index_add_(0, bins, (rows.argmax == target).long())
 
-    def _accumulate_mass(self, logits: Tensor, lse: Tensor, mean_logit: Tensor) -> Tensor:
+    def _accumulate_mass(self, logits: Tensor, lse: Tensor, mean_logit: Tensor, overwrite: bool) -> Tensor:
         """Adds sum_i p_i to the mass, in one blocked pass; returns the norms of z_i - mean(z_i), fp32 [T]."""
         budget = _CUDA_BLOCK_BYTES if logits.is_cuda else _CPU_BLOCK_BYTES
         rows = max(1, min(logits.size(0), budget // (4 * self.vocab_size)))
-        block = torch.empty(rows, self.vocab_size, dtype=torch.float32, device=logits.device)
+        overwrite = overwrite and logits.dtype == torch.float32
+        block = None if overwrite else torch.empty(rows, self.vocab_size, device=logits.device)
         norms = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
         shift = (mean_logit - lse).float()
         for start in range(0, logits.size(0), rows):
             here = slice(start, min(start + rows, logits.size(0)))
-            centred = block[: here.stop - here.start]
+            centred = logits[here] if block is None else block[: here.stop - here.start]
             torch.sub(logits[here], mean_logit[here, None], out=centred)
             torch.linalg.vector_norm(centred, dim=1, out=norms[here])
             self._mass += centred.add_(shift[here, None]).exp_().sum(0)
         return norms
+
+    def measurement(self) -> Measurement:
+        """:meth:`result` without waiting for the device.
+
+        Raises:
+            ValueError: before the first position.
+        """
+        if self.positions == 0:
+            raise ValueError(
+                "PredictionStatistics.result needs at least one position; update was never given any"
+            )
+        mass = self._mass / self._mass.sum()
+        log_mass = torch.where(mass > 0, mass, torch.ones_like(mass)).log()
+        marginal = torch.stack(
+            [-(mass * log_mass).sum(), (mass * (log_mass - self._unigram_log_probs)).sum()]
+        )
+        positions = self.positions
+        return Measurement(
+            (self._sums, marginal, self._argmax_counts, self._bin_counts),
+            lambda arrays: _numbers(positions, *arrays),
+        )
 
     def result(self) -> dict[str, float | int | None]:
         """The statistics of all positions so far.
@@ -190,44 +242,50 @@ class PredictionStatistics:
         Raises:
             ValueError: before the first position.
         """
-        if self.positions == 0:
-            raise ValueError(
-                "PredictionStatistics.result needs at least one position; update was never given any"
-            )
-        cross_entropy, unigram, entropy, logit_std, top, nonfinite = (self._sums / self.positions).tolist()
-        mass = self._mass / self._mass.sum()
-        log_mass = torch.where(mass > 0, mass, torch.ones_like(mass)).log()
-        marginal = float(-(mass * log_mass).sum())
-        kl_to_unigram = float((mass * (log_mass - self._unigram_log_probs)).sum())
-        occurrences = self._argmax_counts[self._argmax_counts > 0]
-        counts = occurrences.double() / self.positions
-        effective = float(torch.exp(-(counts * counts.log()).sum()))
-        in_bin, right = self._bin_counts.tolist()
-        accuracy = [r / n if n else None for r, n in zip(right, in_bin, strict=True)]
-        result: dict[str, float | int | None] = {
-            "heldout_cross_entropy": cross_entropy,
-            "unigram_cross_entropy": unigram,
-            "excess_over_unigram": cross_entropy - unigram,
-            "predictive_entropy": entropy,
-            "marginal_entropy": marginal,
-            "mutual_information": marginal - entropy,
-            "kl_to_unigram": kl_to_unigram,
-            "logit_std": logit_std,
-            "argmax_vocabulary": counts.numel(),
-            "effective_argmax_vocabulary": effective,
-            "unique_20_real": rarefied_unique(occurrences, 20) if self.positions >= 20 else None,
-            "accuracy": sum(right) / self.positions,
-            "top1_probability": top,
-            "head_accuracy": accuracy[0],
-            "torso_accuracy": accuracy[1],
-            "tail_accuracy": accuracy[2],
+        return self.measurement().result()
+
+
+def _numbers(
+    positions: int, sums: Numbers, marginals: Numbers, argmax_counts: Numbers, bin_counts: Numbers
+) -> dict[str, float | int | None]:
+    """:meth:`PredictionStatistics.result` from its sums."""
+    cross_entropy, unigram, entropy, logit_std, top, nonfinite = (sums / positions).tolist()
+    marginal, kl_to_unigram = marginals.tolist()
+    occurrences = argmax_counts[argmax_counts > 0]
+    share = occurrences / positions
+    in_bin, right = bin_counts.tolist()
+    accuracy = [r / n if n else None for r, n in zip(right, in_bin, strict=True)]
+    result: dict[str, float | int | None] = {
+        "heldout_cross_entropy": cross_entropy,
+        "unigram_cross_entropy": unigram,
+        "excess_over_unigram": cross_entropy - unigram,
+        "predictive_entropy": entropy,
+        "marginal_entropy": marginal,
+        "mutual_information": marginal - entropy,
+        "kl_to_unigram": kl_to_unigram,
+        "logit_std": logit_std,
+        "argmax_vocabulary": len(occurrences),
+        "effective_argmax_vocabulary": math.exp(-float((share * np.log(share)).sum())),
+        "unique_20_real": rarefied_unique(occurrences, 20) if positions >= 20 else None,
+        "accuracy": sum(right) / positions,
+        "top1_probability": top,
+        "head_accuracy": accuracy[0],
+        "torso_accuracy": accuracy[1],
+        "tail_accuracy": accuracy[2],
+    }
+    if nonfinite > 0:
+        result = {
+            key: value if value is None or key == "unigram_cross_entropy" else math.nan
+            for key, value in result.items()
         }
-        if nonfinite > 0:
-            result = {
-                key: value if value is None or key == "unigram_cross_entropy" else math.nan
-                for key, value in result.items()
-            }
-        return result
+    return result
+
+
+def check_targets(target: Tensor, vocab_size: int) -> None:
+    """ValueError for a target outside of the vocabulary. Waits for the device."""
+    low, high = torch.stack(torch.aminmax(target)).tolist()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"target must lie in [0, {vocab_size}); got values from {low} to {high}")
 
 
 def heldout_rows(tokens: np.ndarray, seq_len: int, max_tokens: int) -> np.ndarray:
@@ -259,6 +317,79 @@ def heldout_rows(tokens: np.ndarray, seq_len: int, max_tokens: int) -> np.ndarra
     return np.stack([np.asarray(tokens[start : start + seq_len + 1], dtype=np.int64) for start in starts])
 
 
+class HeldOut:
+    """A held-out token stream, cut into rows and put on a device, for one model after another.
+
+    Args:
+        tokens: integers, [n] (a memory map will do).
+        unigram_log_probs: [V], see :class:`PredictionStatistics`.
+        seq_len: inputs a row. max_tokens: the most targets. batch_rows: rows in one forward pass.
+        device: where the models will be.
+
+    Raises:
+        ValueError: for a stream shorter than a row, a target outside of the vocabulary, a number below 1.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        unigram_log_probs: Tensor,
+        *,
+        seq_len: int,
+        max_tokens: int,
+        batch_rows: int,
+        device: torch.device | str,
+    ) -> None:
+        if batch_rows < 1:
+            raise ValueError(f"batch_rows must be at least 1; got {batch_rows}")
+        rows = torch.from_numpy(heldout_rows(tokens, seq_len, max_tokens))
+        check_targets(rows[:, 1:], len(unigram_log_probs))
+        self.device = torch.device(device)
+        self._batches = [
+            (batch[:, :-1].contiguous(), batch[:, 1:].reshape(-1))
+            for batch in rows.to(self.device).split(batch_rows)
+        ]
+        self._empty = PredictionStatistics(len(unigram_log_probs), unigram_log_probs, self.device)
+
+    def measure(self, model: nn.Module) -> Measurement:
+        """:class:`PredictionStatistics` of a model; nothing in it waits for the device.
+
+        The model runs in eval mode without gradients; each module's own mode is restored. The head is applied
+        to a few positions at a time, so that the logits never take more than 26 MB.
+
+        Args:
+            model: has ``hidden_states(input_ids [B, T]) -> [B, T, H]`` and ``head_weight`` [V, H], on the device.
+        """
+        head: Tensor = model.head_weight  # type: ignore[assignment]
+        statistics = self._empty.emptied()
+        if head.size(0) != statistics.vocab_size:
+            raise ValueError(
+                f"unigram_log_probs must have shape [{head.size(0)}] (the model's vocabulary); "
+                f"got [{statistics.vocab_size}]"
+            )
+        buffer: Tensor | None = None
+        weight_t = head.t()
+        with evaluation_mode(model):
+            for inputs, target in self._batches:
+                hidden: Tensor = model.hidden_states(inputs)  # type: ignore[operator]
+                hidden = hidden.reshape(-1, hidden.size(-1))
+                if buffer is None:
+                    weight_t = head.to(hidden.dtype).t()
+                    chunk = max(1, _LOGITS_BYTES // (hidden.element_size() * head.size(0)))
+                    # One buffer for all chunks: a fresh 26 MB allocation costs as much as the product itself.
+                    buffer = torch.empty(
+                        min(chunk, len(hidden)), head.size(0), dtype=hidden.dtype, device=self.device
+                    )
+                parts = []
+                for start in range(0, hidden.size(0), buffer.size(0)):
+                    part = hidden[start : start + buffer.size(0)]
+                    logits = torch.mm(part, weight_t, out=buffer[: part.size(0)])
+                    here = target[start : start + part.size(0)]
+                    parts.append(statistics._rows(logits, here, overwrite=True))
+                statistics._add(_Rows(*map(torch.cat, zip(*parts, strict=True))), target)
+            return statistics.measurement()
+
+
 def evaluate_heldout(
     model: nn.Module,
     tokens: np.ndarray,
@@ -269,44 +400,17 @@ def evaluate_heldout(
     batch_rows: int,
     device: torch.device | str,
 ) -> dict[str, float | int | None]:
-    """:class:`PredictionStatistics` of a model on a held-out token stream, with the rows of
-    :func:`heldout_rows`.
-
-    The model runs in eval mode without gradients; each module's own mode is restored. The head is applied
-    to a few positions at a time, so that the logits never take more than 26 MB on a CPU or 512 MB on a GPU.
+    """What :class:`HeldOut` measures of one model: see :meth:`PredictionStatistics.result`.
 
     Args:
-        model: has ``hidden_states(input_ids [B, T]) -> [B, T, H]`` and ``head_weight`` [V, H], on ``device``.
-        tokens: the held-out stream, integers, [n] (a memory map will do).
-        unigram_log_probs: [V], see :class:`PredictionStatistics`.
-        seq_len: inputs a row. max_tokens: the most targets. batch_rows: rows in one forward pass.
-        device: where the model is.
-
-    Returns:
-        See :meth:`PredictionStatistics.result`.
+        model: of :meth:`HeldOut.measure`; the others are those of :class:`HeldOut`.
     """
-    if batch_rows < 1:
-        raise ValueError(f"batch_rows must be at least 1; got {batch_rows}")
-    device = torch.device(device)
-    rows = torch.from_numpy(heldout_rows(tokens, seq_len, max_tokens))
-    head: Tensor = model.head_weight  # type: ignore[assignment]
-    statistics = PredictionStatistics(head.size(0), unigram_log_probs, device)
-    buffer: Tensor | None = None
-    weight_t = head.t()
-    with evaluation_mode(model):
-        for first in range(0, rows.size(0), batch_rows):
-            batch = rows[first : first + batch_rows].to(device)
-            hidden: Tensor = model.hidden_states(batch[:, :-1])  # type: ignore[operator]
-            hidden = hidden.reshape(-1, hidden.size(-1))
-            target = batch[:, 1:].reshape(-1)
-            if buffer is None:
-                weight_t = head.to(hidden.dtype).t()
-                budget = _CUDA_LOGITS_BYTES if device.type == "cuda" else _CPU_LOGITS_BYTES
-                chunk = max(1, min(hidden.size(0), budget // (hidden.element_size() * head.size(0))))
-                buffer = torch.empty(chunk, head.size(0), dtype=hidden.dtype, device=device)
-            for start in range(0, hidden.size(0), buffer.size(0)):
-                part = hidden[start : start + buffer.size(0)]
-                # One buffer for all chunks: a fresh 26 MB allocation costs as much as the product itself.
-                logits = torch.mm(part, weight_t, out=buffer[: part.size(0)])
-                statistics.update(logits, target[start : start + part.size(0)])
-    return statistics.result()
+    heldout = HeldOut(
+        tokens,
+        unigram_log_probs,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        batch_rows=batch_rows,
+        device=device,
+    )
+    return heldout.measure(model).result()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bitnet_ext.metrics.evaluation import evaluation_mode
+from bitnet_ext.metrics.measurement import Measurement, Numbers
 from bitnet_ext.metrics.rarefaction import rarefied_unique
 
 
@@ -30,15 +32,15 @@ def fixed_prompts(vocab_size: int, count: int = 20, length: int = 8, seed: int =
     )
 
 
-def last_predictions(model: nn.Module, prompts: Tensor) -> Tensor | None:
-    """The model's greedy argmax at the last position of each prompt, int64 [count].
+def last_predictions(model: nn.Module, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's greedy argmax at the last position of each prompt, and whether there is one.
 
     Args:
         model: has ``hidden_states(input_ids) -> [B, T, H]`` and ``head_weight`` [V, H].
         prompts: int64 [count, length].
 
     Returns:
-        None when the logits hold NaN, because then there is no prediction.
+        int64 [count]; bool [], False when the logits hold NaN, because then there is no prediction.
     """
     if prompts.dim() != 2 or prompts.numel() == 0 or prompts.dtype != torch.int64:
         raise ValueError(
@@ -48,7 +50,7 @@ def last_predictions(model: nn.Module, prompts: Tensor) -> Tensor | None:
     with evaluation_mode(model):
         hidden: Tensor = model.hidden_states(prompts.to(head.device))  # type: ignore[operator]
         logits = hidden[:, -1] @ head.to(hidden.dtype).t()
-        return None if bool(torch.isnan(logits).any()) else logits.argmax(-1)
+        return logits.argmax(-1), ~torch.isnan(logits).any()
 
 
 def unique_predictions(model: nn.Module, prompts: Tensor) -> int | None:
@@ -65,8 +67,8 @@ def unique_predictions(model: nn.Module, prompts: Tensor) -> int | None:
     Returns:
         1..count, or None when the logits hold NaN.
     """
-    predictions = last_predictions(model, prompts)
-    return None if predictions is None else int(torch.unique(predictions).numel())
+    number: int | None = measure_unique(model, prompts, len(prompts)).result()["unique_first"]
+    return number
 
 
 def expected_unique(model: nn.Module, prompts: Tensor, sample: int = 20) -> float | None:
@@ -78,10 +80,27 @@ def expected_unique(model: nn.Module, prompts: Tensor, sample: int = 20) -> floa
     Returns:
         1..sample, or None when the logits hold NaN.
     """
-    predictions = last_predictions(model, prompts)
-    if predictions is None:
-        return None
-    return rarefied_unique(torch.unique(predictions, return_counts=True)[1], sample)
+    number: float | None = measure_unique(model, prompts, sample).result()["unique_expected"]
+    return number
+
+
+def measure_unique(model: nn.Module, prompts: Tensor, sample: int) -> Measurement:
+    """Distinct predictions for the first `sample` prompts, and of as many of all of them; nothing waits for the device.
+
+    Returns:
+        values "unique_first" (:func:`unique_predictions`) and "unique_expected" (:func:`expected_unique`).
+    """
+
+    def finish(arrays: Sequence[Numbers]) -> dict[str, Any]:
+        predictions, there = arrays
+        if not there:
+            return {"unique_first": None, "unique_expected": None}
+        return {
+            "unique_first": len(np.unique(predictions[:sample])),
+            "unique_expected": rarefied_unique(np.unique(predictions, return_counts=True)[1], sample),
+        }
+
+    return Measurement(last_predictions(model, prompts), finish)
 
 
 def _ngrams(sequence: Sequence[int] | Tensor, n: int) -> list[tuple[int, ...]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from bitnet_ext.metrics.distribution import frequency_bins
+from bitnet_ext.metrics.measurement import Measurement, Numbers
 from bitnet_ext.nn import BitLinear, RMSNorm
 
 
-@torch.no_grad()
 def weight_norms(model: nn.Module) -> dict[str, float | None]:
     """Mean absolute values of groups of parameters.
 
@@ -24,6 +27,12 @@ def weight_norms(model: nn.Module) -> dict[str, float | None]:
         latent_mean_abs: over the weights of all BitLinear modules, quantised or not.
         None where a model has no such parameter.
     """
+    return measure_weight_norms(model).result()
+
+
+@torch.no_grad()
+def measure_weight_norms(model: nn.Module) -> Measurement:
+    """:func:`weight_norms` without waiting for the device."""
     gains: list[Tensor] = []
     latents: list[Tensor] = []
     for module in model.modules():
@@ -45,14 +54,15 @@ def weight_norms(model: nn.Module) -> dict[str, float | None]:
         "lm_head_mean_abs": [model.head_weight],  # type: ignore[list-item]
         "latent_mean_abs": latents,
     }
-    tensors = [tensor for group in groups.values() for tensor in group]
-    # One transfer for all sums: on a GPU every read of a number waits for the stream.
-    totals = iter(torch.stack([tensor.detach().float().abs().sum().double() for tensor in tensors]).tolist())
-    result: dict[str, float | None] = {}
-    for name, group in groups.items():
-        total = sum(next(totals) for _ in group)
-        result[name] = total / sum(tensor.numel() for tensor in group) if group else None
-    return result
+    tensors = [tensor.detach().float() for group in groups.values() for tensor in group]
+    sizes = {name: [tensor.numel() for tensor in group] for name, group in groups.items()}
+
+    def finish(arrays: Sequence[Numbers]) -> dict[str, Any]:
+        totals = iter(arrays[0].tolist())
+        sums = {name: sum(next(totals) for _ in numbers) for name, numbers in sizes.items()}
+        return {name: sums[name] / sum(numbers) if numbers else None for name, numbers in sizes.items()}
+
+    return Measurement((torch.stack([tensor.abs().sum() for tensor in tensors]),), finish)
 
 
 #: Names of the bins of :func:`row_norms`: those of :func:`frequency_bins`, and ids the training text does not have.
@@ -70,7 +80,6 @@ def row_bins(unigram_log_probs: Tensor, seen: Tensor | None = None) -> Tensor:
     return bins if seen is None else torch.where(seen.to(bins.device), bins, len(ROW_BINS) - 1)
 
 
-@torch.no_grad()
 def row_norms(model: nn.Module, bins: Tensor) -> dict[str, float | None]:
     """Mean Euclidean norm of the rows of embedding and head, by the frequency of their token.
 
@@ -80,22 +89,29 @@ def row_norms(model: nn.Module, bins: Tensor) -> dict[str, float | None]:
     Returns:
         embedding_norm_<bin> and lm_head_norm_<bin> for the bins of ``ROW_BINS``; None where no id is in a bin.
     """
+    return measure_row_norms(model, bins).result()
+
+
+@torch.no_grad()
+def measure_row_norms(model: nn.Module, bins: Tensor) -> Measurement:
+    """:func:`row_norms` without waiting for the device."""
     matrices: dict[str, Tensor] = {
         "embedding": model.embed_tokens.weight,  # type: ignore[dict-item, union-attr]
         "lm_head": model.head_weight,  # type: ignore[dict-item]
     }
-    counts = torch.bincount(bins, minlength=len(ROW_BINS)).double()
-    sums = [
-        torch.zeros(len(ROW_BINS), dtype=torch.float64, device=bins.device).index_add_(
-            0,
-            bins,
-            torch.linalg.vector_norm(matrix.detach().float(), dim=1).double(),
-        )
+    bin_of = torch.nn.functional.one_hot(bins, len(ROW_BINS)).double()
+    sums = [bin_of.sum(0)]
+    sums += [
+        torch.linalg.vector_norm(matrix.detach().float(), dim=1).double() @ bin_of
         for matrix in matrices.values()
     ]
-    table = torch.stack([counts, *sums]).tolist()
-    return {
-        f"{name}_norm_{bin_name}": total / count if count else None
-        for name, totals in zip(matrices, table[1:], strict=True)
-        for bin_name, count, total in zip(ROW_BINS, table[0], totals, strict=True)
-    }
+
+    def finish(arrays: Sequence[Numbers]) -> dict[str, Any]:
+        counts, *table = arrays[0].tolist()
+        return {
+            f"{name}_norm_{bin_name}": total / count if count else None
+            for name, totals in zip(matrices, table, strict=True)
+            for bin_name, count, total in zip(ROW_BINS, counts, totals, strict=True)
+        }
+
+    return Measurement((torch.stack(sums),), finish)

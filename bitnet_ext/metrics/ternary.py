@@ -7,12 +7,13 @@ full-precision twin has none, and every measure of it is None.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bitnet_ext import ops
+from bitnet_ext.metrics.measurement import Measurement, Numbers, constant
 from bitnet_ext.nn import BitLinear
 
 _TERNARY = "b1.58"
@@ -22,14 +23,6 @@ ABSMEAN_CLAMP = 1e-5
 THRESHOLD = 0.5
 #: Distance from the threshold at which a weight counts as near it.
 NEAR = 0.05
-
-# How often each 2-bit value occurs in each byte, int64 [256, 4].
-_FIELDS_OF_BYTE = torch.tensor(
-    [
-        [sum((byte >> shift) & 3 == value for shift in (0, 2, 4, 6)) for value in range(4)]
-        for byte in range(256)
-    ]
-)
 
 
 class PackedCodes(NamedTuple):
@@ -56,29 +49,32 @@ def packed_codes(model: nn.Module) -> list[PackedCodes]:
     return snapshot
 
 
-def _field_histograms(packed: Sequence[Tensor]) -> list[list[int]]:
-    """How often each 2-bit value 0..3 occurs in each tensor: histograms of the bytes, then four fields a byte."""
-    by_byte = torch.stack([torch.bincount(p.reshape(-1), minlength=256) for p in packed])
-    histograms: list[list[int]] = (by_byte.cpu() @ _FIELDS_OF_BYTE).tolist()
-    return histograms
+def _field_counts(packed: Sequence[Tensor]) -> Tensor:
+    """How often each 2-bit value 0..3 occurs in all of the tensors, int64 [4]."""
+    # By comparisons: torch.bincount would ask the device how long its answer must be.
+    bytes_ = torch.cat([tensor.reshape(-1) for tensor in packed])
+    fields = torch.stack([bytes_ >> shift & 3 for shift in (0, 2, 4, 6)])
+    return torch.stack([(fields == value).sum() for value in range(4)])
 
 
 def code_fractions(codes: Sequence[PackedCodes]) -> dict[str, float | None]:
     """:func:`ternary_fractions` of a snapshot that is there already."""
+    return measure_code_fractions(codes).result()
+
+
+def measure_code_fractions(codes: Sequence[PackedCodes]) -> Measurement:
+    """:func:`code_fractions` without waiting for the device."""
+    names = ("ternary_negative", "ternary_zero", "ternary_positive")
     if not codes:
-        return {"ternary_negative": None, "ternary_zero": None, "ternary_positive": None}
-    negative = zero = positive = total = 0
-    for layer, (minus, null, plus, _) in zip(
-        codes, _field_histograms([c.packed for c in codes]), strict=True
-    ):
-        padding = 4 * layer.packed.numel() - layer.numel  # filled with code 0
-        negative, zero, positive = negative + minus, zero + null - padding, positive + plus
-        total += layer.numel
-    return {
-        "ternary_negative": negative / total,
-        "ternary_zero": zero / total,
-        "ternary_positive": positive / total,
-    }
+        return constant(dict.fromkeys(names))
+    total = sum(layer.numel for layer in codes)
+    padding = sum(4 * layer.packed.numel() - layer.numel for layer in codes)  # filled with code 0
+
+    def finish(arrays: Sequence[Numbers]) -> dict[str, Any]:
+        minus, null, plus, _ = arrays[0].tolist()
+        return dict(zip(names, (minus / total, (null - padding) / total, plus / total), strict=True))
+
+    return Measurement((_field_counts([layer.packed for layer in codes]),), finish)
 
 
 def ternary_fractions(model: nn.Module) -> dict[str, float | None]:
@@ -107,15 +103,21 @@ def flip_rate(before: Sequence[PackedCodes], after: Sequence[PackedCodes]) -> fl
         raise ValueError(
             "before and after must be snapshots of the same layers; got different numbers or shapes"
         )
+    return measure_flip_rate(before, after).result()["flip_rate"]
+
+
+def measure_flip_rate(before: Sequence[PackedCodes], after: Sequence[PackedCodes]) -> Measurement:
+    """:func:`flip_rate` without waiting for the device."""
     if not after:
-        return None
+        return constant({"flip_rate": None})
     changed = [old.packed.to(new.packed.device) ^ new.packed for old, new in zip(before, after, strict=True)]
+    total = sum(layer.numel for layer in after)
     # A field of the exclusive or is 0 where the code is the same.
-    flipped = sum(sum(fields[1:]) for fields in _field_histograms(changed))
-    return flipped / sum(layer.numel for layer in after)
+    return Measurement(
+        (_field_counts(changed),), lambda arrays: {"flip_rate": float(arrays[0][1:].sum()) / total}
+    )
 
 
-@torch.no_grad()
 def threshold_statistics(model: nn.Module) -> dict[str, float | None]:
     """Where the latent weights lie between the points at which their codes change.
 
@@ -127,6 +129,12 @@ def threshold_statistics(model: nn.Module) -> dict[str, float | None]:
             ||w| / s - 0.5|; near_threshold: share of weights for which it is below 0.05, the ones that a small step
             can flip (Nagel et al. 2022, arXiv:2203.11086, on oscillations). None when nothing is ternary.
     """
+    return measure_thresholds(model).result()
+
+
+@torch.no_grad()
+def measure_thresholds(model: nn.Module) -> Measurement:
+    """:func:`threshold_statistics` without waiting for the device."""
     weights = [
         module.weight.detach().float().abs()
         for module in model.modules()
@@ -134,19 +142,22 @@ def threshold_statistics(model: nn.Module) -> dict[str, float | None]:
     ]
     names = ("absmean_mean", "absmean_min", "absmean_clamped", "threshold_distance", "near_threshold")
     if not weights:
-        return dict.fromkeys(names)
+        return constant(dict.fromkeys(names))
     rows = []
     for magnitude in weights:
         scale = magnitude.mean()
         distance = (magnitude / scale.clamp(min=ABSMEAN_CLAMP) - THRESHOLD).abs_()
         rows.append(torch.stack([scale.double(), distance.double().sum(), (distance < NEAR).sum().double()]))
-    table = torch.stack(rows).tolist()
     total = sum(magnitude.numel() for magnitude in weights)
-    scales = [row[0] for row in table]
-    return {
-        "absmean_mean": sum(scales) / len(scales),
-        "absmean_min": min(scales),
-        "absmean_clamped": sum(scale <= ABSMEAN_CLAMP for scale in scales) / len(scales),
-        "threshold_distance": sum(row[1] for row in table) / total,
-        "near_threshold": sum(row[2] for row in table) / total,
-    }
+
+    def finish(arrays: Sequence[Numbers]) -> dict[str, Any]:
+        scales, distances, near = arrays[0].T.tolist()
+        return {
+            "absmean_mean": sum(scales) / len(scales),
+            "absmean_min": min(scales),
+            "absmean_clamped": sum(scale <= ABSMEAN_CLAMP for scale in scales) / len(scales),
+            "threshold_distance": sum(distances) / total,
+            "near_threshold": sum(near) / total,
+        }
+
+    return Measurement((torch.stack(rows),), finish)

@@ -85,14 +85,9 @@ class Attention(nn.Module):
         """Attention of tokens that follow those in the cache."""
         query, key, value = (split_heads(part, self.head_dim) for part in apart(parts, self.sizes))
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        start, T = cache.length, query.shape[2]
+        mask = cache.mask(query.shape[2])
         key, value = cache.append(self.layer, key, value)
-        key, value = key.to(query.dtype), value.to(query.dtype)
-        mask = None
-        if start and T > 1:  # a later chunk of a prompt sees all before it
-            positions = torch.arange(start + T, device=query.device)
-            mask = positions[None, :] <= positions[start:, None]
-        return causal_attention(query, key, value, mask)
+        return causal_attention(query, key.to(query.dtype), value.to(query.dtype), mask)
 
 
 class FeedForward(nn.Module):
@@ -207,12 +202,14 @@ class BitNetForCausalLM(nn.Module):
                 f"tokens, got {start + T}"
             )
         # In float32, also in a model cast to bfloat16.
-        cos, sin = (table[start : start + T].float() for table in (self.cos, self.sin))
+        cos, sin = (
+            (table[:T] if cache is None else cache.rows(table, T)).float() for table in (self.cos, self.sin)
+        )
         x, delta = self.embed_tokens(input_ids), None
         for layer in self.layers:
             x, delta = layer(x, delta, cos, sin, cache)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.final_norm.add(x, delta)[0]
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -78,8 +79,12 @@ class Evaluator(Protocol):
     def before_step(self, model: BitNetForCausalLM) -> None:
         """Called just before the step after which :meth:`evaluate` is called."""
 
-    def evaluate(self, model: BitNetForCausalLM, step: EvaluatedStep) -> dict[str, Any]:
-        """Named measurements, JSON values."""
+    def evaluate(
+        self, model: BitNetForCausalLM, step: EvaluatedStep
+    ) -> dict[str, Any] | Callable[[], dict[str, Any]]:
+        """Named measurements, JSON values; or, where the device is still at them, a function that waits for them. It
+        is called before the model is trained on.
+        """
 
 
 class Trainer:
@@ -221,7 +226,9 @@ class Trainer:
                 yield
                 record = next(runner_steps)
                 if is_eval:
-                    record |= self._evaluate(started, first_step)
+                    evaluation = self._evaluate(started, first_step)
+                    yield
+                    record |= evaluation()
                 if on_progress is not None:
                     on_progress(self.step, record)
                 if self.step in self.snapshot_steps:
@@ -310,7 +317,8 @@ class Trainer:
             "cumulative_lr": float(self._cumulative_lr[step - 1]),
         }
 
-    def _evaluate(self, started: float, first_step: int) -> dict[str, Any]:
+    def _evaluate(self, started: float, first_step: int) -> Callable[[], dict[str, Any]]:
+        """Begins the evaluation of the step just taken; the function returned ends it."""
         assert self.evaluator is not None
         count = max(self._sums["steps"], 1)
         result = self._facts(self.step) | {
@@ -328,20 +336,32 @@ class Trainer:
             result["grad_norm"],
             self.optimizer,
         )
+        with self._divergence_is_told():
+            measured = self.evaluator.evaluate(self.model, facts)
+
+        def finish() -> dict[str, Any]:
+            with self._divergence_is_told():
+                values = result | (measured() if callable(measured) else measured)
+            self.model.train()
+            self._sums = dict(_NO_SUMS)
+            if self._log is not None:
+                seconds = time.monotonic() - started
+                self._log.write("eval", values)
+                # What differs from run to run has a line of its own, so that the others can be compared.
+                rate = (self.step - first_step) / max(seconds, 1e-9)
+                self._log.write("time", {"step": self.step, "seconds": seconds, "steps_per_second": rate})
+            return values
+
+        return finish
+
+    @contextmanager
+    def _divergence_is_told(self) -> Iterator[None]:
+        """Operators refuse numbers that are not finite, which in an evaluation means that the training went wrong."""
         try:
-            result |= self.evaluator.evaluate(self.model, facts)
+            yield
         except RuntimeError as error:
             self._raise_if_diverged(self.step, error)
             raise
-        self.model.train()
-        self._sums = dict(_NO_SUMS)
-        if self._log is not None:
-            seconds = time.monotonic() - started
-            self._log.write("eval", result)
-            # What differs from run to run has a line of its own, so that the others can be compared.
-            rate = (self.step - first_step) / max(seconds, 1e-9)
-            self._log.write("time", {"step": self.step, "seconds": seconds, "steps_per_second": rate})
-        return result
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
