@@ -240,14 +240,32 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 
 def _clip_gradients_(
-    grads: list[Tensor], step: Tensor, max_norm: float, latch: Tensor
+    grads: list[Tensor],
+    step: Tensor,
+    max_norm: float,
+    latch: Tensor,
+    known: Tensor | None,
+    known_index: int,
 ) -> tuple[Tensor, Tensor]:
     norm = grads[0].new_empty((), dtype=torch.float32)
     return norm, torch.empty_like(norm)
 
 
-def _sum_rows(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape), rows.new_empty((V,), dtype=torch.int32)
+def _square_partials(tensor: Tensor) -> Tensor:
+    count = 1
+    if tensor.device.type == "cuda":  # csrc/cuda/grad_norm.h
+        share = -(-tensor.numel() // 1024)
+        run = 4096 if share <= 4096 else -(-share // 8) * 8
+        count = -(-tensor.numel() // run)
+    return tensor.new_empty((count,), dtype=torch.float64)
+
+
+def _row_slots(ids: Tensor, V: int) -> Tensor:
+    return ids.new_empty((*ids.shape[:-1], V), dtype=torch.int32)
+
+
+def _sum_rows(ids: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape)
 
 
 def _adam_step_(
@@ -262,6 +280,27 @@ def _adam_step_(
     abs_sums: Tensor | None,
     slots: Tensor | None,
     row_param: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decoupled: bool,
+    done: Tensor | None,
+    num_blocks: int,
+) -> None:
+    return None
+
+
+def _adam_rows_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ids: Tensor,
+    place: Tensor,
+    slots: Tensor,
+    hyper: Tensor,
+    grad_scale: Tensor,
+    decay: bool,
     beta1: float,
     beta2: float,
     eps: float,
@@ -333,7 +372,7 @@ def _skinny_mm(out: Tensor, left: Tensor, right: Tensor) -> None:
     return None
 
 
-def _skinny_mm_tn_(out: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) -> None:
+def _skinny_mm_tn_(out: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool, max_blocks: int) -> None:
     return None
 
 
@@ -439,8 +478,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bit_linear_grad": _bit_linear_grad,
     "sum_of_squares": _sum_of_squares,
     "clip_gradients_": _clip_gradients_,
+    "square_partials": _square_partials,
+    "row_slots": _row_slots,
     "sum_rows": _sum_rows,
     "adam_step_": _adam_step_,
+    "adam_rows_": _adam_rows_,
     "softmax_stats": _softmax_stats,
     "count_targets": _count_targets,
     "cross_entropy_rows_": _cross_entropy_rows_,

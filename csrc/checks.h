@@ -241,14 +241,42 @@ inline void check_abs_sums(const char* op, const std::optional<Tensor>& abs_sums
   }
 }
 
-// Gradients rows [T, H] of the embeddings of ids [T].
-inline void check_rows_of_ids(const char* op, const Tensor& ids, const Tensor& rows, int64_t V) {
+// Partial sums of squares that clip_gradients_ need not make, and whose they are.
+inline void check_known(const char* op,
+                        const std::vector<Tensor>& grads,
+                        const std::optional<Tensor>& known,
+                        int64_t known_index) {
+  const int64_t count = static_cast<int64_t>(grads.size());
+  if (known.has_value() ? known_index < 0 || known_index >= count : known_index != -1) {
+    fail(op,
+         "known_index must be the index of one of ",
+         count,
+         " grads, or -1 without known; got ",
+         known_index);
+  }
+}
+
+// ids [T] or [S, T] of an embedding of V rows.
+struct RowIds {
+  int64_t S, T;
+  std::vector<int64_t> slots_shape;
+};
+
+inline RowIds check_row_ids(const char* op, const Tensor& ids, int64_t V) {
+  if (ids.dim() != 1 && ids.dim() != 2) fail(op, "ids must have shape [T] or [S, T]; got ", shape_text(ids));
+  if (V < 1) fail(op, "V must be >= 1; got ", V);
+  const int64_t S = ids.dim() == 1 ? 1 : ids.size(0), T = ids.size(-1);
+  if (T > INT32_MAX) fail(op, "ids must be fewer than 2^31; got ", T);
+  return {S, T, ids.dim() == 1 ? std::vector<int64_t>{V} : std::vector<int64_t>{S, V}};
+}
+
+// Gradients rows [T, H] of the embeddings of ids [T], and slots [V].
+inline void check_rows_of_ids(const char* op, const Tensor& ids, const Tensor& rows, const Tensor& slots) {
   check_dim(op, "ids", ids, 1);
   if (rows.dim() != 2 || rows.size(0) != ids.size(0) || rows.size(1) < 1) {
     fail(op, "rows must have shape [T, H] for ids of shape ", shape_text(ids), "; got ", shape_text(rows));
   }
-  if (V < 1) fail(op, "V must be >= 1; got ", V);
-  if (ids.size(0) > INT32_MAX) fail(op, "ids must be fewer than 2^31; got ", ids.size(0));
+  check_dim(op, "slots", slots, 1);
 }
 
 // The one parameter of adam_step_ whose gradient comes as rows, or none (row_param -1, no slots).
@@ -275,6 +303,20 @@ inline void check_row_param(const char* op,
     fail(op, "the grad of row_param must have shape [T, ", param.size(1), "]; got ", shape_text(grad));
   }
   check_vector(op, "slots", *slots, param.size(0));
+}
+
+// An update beside other work: no sums of magnitudes, and only there some rows may be left out.
+inline void check_beside(const char* op,
+                         const std::optional<Tensor>& slots,
+                         const std::optional<Tensor>& done,
+                         int64_t num_blocks,
+                         int64_t num_sums) {
+  if (num_blocks < 0 || num_blocks > INT32_MAX) fail(op, "num_blocks must be >= 0; got ", num_blocks);
+  if (num_blocks > 0 && num_sums > 0) fail(op, "num_blocks must be 0 with ternary params; got ", num_blocks);
+  if (!done.has_value()) return;
+  if (num_blocks == 0) fail(op, "done must be absent when num_blocks is 0; got a tensor");
+  if (!slots.has_value()) fail(op, "done must be absent without slots; got a tensor");
+  check_same_shape(op, "done", *done, "slots", *slots);
 }
 
 // The lists of quantize_weight_groups_: group g is the next group_sizes[g] weights.

@@ -86,19 +86,31 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
   // (norm, grad_scale), both float32 []. latch float64 [2 + n]: the first step whose norm was not finite, or
   // a negative number, a counter of the kernel's, and the sums of squares of that step; once it holds a step,
-  // grad_scale is NaN.
+  // grad_scale is NaN. known: square_partials of grads[known_index], which is then not read (else -1).
   m.def(
-      "clip_gradients_(Tensor[] grads, Tensor step, float max_norm, Tensor(a!) latch) -> "
-      "(Tensor norm, Tensor grad_scale)");
-  // The gradient of an embedding [V, H] from the rows [T, H] of ids [T]: sums [T, H] holds the sum of all
-  // rows of an id where it first occurs, else 0; slots int32 [V] the place of an id in it, or -1.
-  m.def("sum_rows(Tensor ids, Tensor rows, int V) -> (Tensor sums, Tensor slots)");
+      "clip_gradients_(Tensor[] grads, Tensor step, float max_norm, Tensor(a!) latch, Tensor? known, "
+      "int known_index) -> (Tensor norm, Tensor grad_scale)");
+  // float64: sums of squares over fixed runs of elements.
+  m.def("square_partials(Tensor tensor) -> Tensor");
+  // int32 [V] (or [S, V]): the place of an id in ids [T] (or in each of [S, T]) where it first occurs, or -1.
+  m.def("row_slots(Tensor ids, int V) -> Tensor");
+  // The gradient of an embedding [V, H] from the rows [T, H] of ids [T] and their row_slots: sums [T, H]
+  // holds the sum of all rows of an id where it first occurs, else 0.
+  m.def("sum_rows(Tensor ids, Tensor rows, Tensor slots) -> Tensor");
   // decay, ternary: 0 or 1 for each of params. abs_sums: partial sums of the new magnitudes of the ternary
   // ones, for quantize_weight_groups_. slots: grads[row_param] holds rows, as from sum_rows (else -1).
+  // num_blocks: 0 to fill a GPU, or blocks that leave room beside them; only then `done`: rows of
+  // params[row_param] with a number >= 0 in it are left as they are.
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
       "Tensor hyper, Tensor grad_scale, int[] decay, int[] ternary, Tensor(d!)? abs_sums, Tensor? slots, "
-      "int row_param, float beta1, float beta2, float eps, bool decoupled) -> ()");
+      "int row_param, float beta1, float beta2, float eps, bool decoupled, Tensor? done, int num_blocks) -> "
+      "()");
+  // The same for the rows ids [T] of one param [V, H], whose row_slots are `place`.
+  m.def(
+      "adam_rows_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor ids, "
+      "Tensor place, Tensor slots, Tensor hyper, Tensor grad_scale, bool decay, float beta1, float beta2, "
+      "float eps, bool decoupled) -> ()");
   // --- loss ---
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "
@@ -126,10 +138,10 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "Tensor grad_hidden, Tensor grad_weight)");
   // fp32 products of few tokens with a tall matrix, on CUDA: hidden [T, H], weight [V, H], grad [T, V].
   // nt: out [T, S] = hidden weight^T, with zeros in the columns beyond V; nn: out [T, H] = grad weight; tn:
-  // out [V, H] = grad^T hidden, or out plus that.
+  // out [V, H] = grad^T hidden, or out plus that, by at most max_blocks multiprocessors (0: all).
   m.def("skinny_mm_nt_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()");
   m.def("skinny_mm_nn_(Tensor(a!) out, Tensor grad, Tensor weight) -> ()");
-  m.def("skinny_mm_tn_(Tensor(a!) out, Tensor grad, Tensor hidden, bool accumulate) -> ()");
+  m.def("skinny_mm_tn_(Tensor(a!) out, Tensor grad, Tensor hidden, bool accumulate, int max_blocks) -> ()");
   // Asks the system for large pages behind a tensor that is about to be written first. Without effect where
   // there are none.
   m.def("_prefer_huge_pages(Tensor tensor) -> ()");

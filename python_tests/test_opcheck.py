@@ -49,6 +49,7 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     moments = [torch.zeros_like(t) for t in pair], [torch.zeros_like(t) for t in pair]
     hyper = torch.tensor([1e-3, 0.1, 0.1, 0.05], device=device)
     one = torch.ones((), device=device)
+    ids = torch.tensor([3, 0, 3], device=device)
     shared = [make(16, K), weight]
     sums, latch = (
         torch.empty(1, dtype=torch.float64, device=device),
@@ -155,12 +156,39 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             0.95,
             1e-8,
             False,
+            None,
+            0,
         ),
-        "sum_rows": (torch.tensor([3, 0, 3], device=device), make(3, 7), 5),
-        "clip_gradients_": (pair, torch.zeros(1, dtype=torch.int64, device=device), 1.0, latch),
+        "adam_rows_": (
+            make(5, 7),
+            make(3, 7),
+            make(5, 7),
+            make(5, 7).square(),
+            ids,
+            ops.row_slots(ids, 5),
+            ops.row_slots(ids, 5),
+            hyper,
+            one,
+            True,
+            0.9,
+            0.95,
+            1e-8,
+            False,
+        ),
+        "row_slots": (ids, 5),
+        "sum_rows": (ids, make(3, 7), ops.row_slots(ids, 5)),
+        "square_partials": (make(3, 7),),
+        "clip_gradients_": (
+            pair,
+            torch.zeros(1, dtype=torch.int64, device=device),
+            1.0,
+            latch,
+            ops.square_partials(pair[1]),
+            1,
+        ),
         "skinny_mm_nt_": (torch.zeros(M, 64, device=device), make(M, 24), make(V, 24)),
         "skinny_mm_nn_": (make(M, 24), make(M, 60), make(60, 24)),
-        "skinny_mm_tn_": (make(60, 24), make(M, 60), make(M, 24), True),
+        "skinny_mm_tn_": (make(60, 24), make(M, 60), make(M, 24), True, 0),
         "softmax_stats": (logits, target),
         "count_targets": (target,),
         "cross_entropy_rows_": (padded.clone(), V, target, count, make(V), 0.1, 1e-3, 0.1, 0.2, 20.0),

@@ -268,12 +268,18 @@ def test_sum_rows(device: str, T: int, H: int, V: int) -> None:
     generator = torch.Generator().manual_seed(T)
     ids = torch.randint(0, V, (T,), generator=generator).to(device)
     rows = torch.randn(T, H, generator=generator).to(device)
-    sums, slots = ops.sum_rows(ids, rows, V)
+    slots = ops.row_slots(ids, V)
+    sums = ops.sum_rows(ids, rows, slots)
     if T:
-        expected = ops.sum_rows_ref(ids, rows.double(), V)
-        torch.testing.assert_close(sums.double(), expected[0], rtol=1e-5, atol=1e-5)
-        assert torch.equal(slots, expected[1])
-    assert all(map(torch.equal, (sums, slots), ops.sum_rows(ids, rows, V)))
+        torch.testing.assert_close(
+            sums.double(), ops.sum_rows_ref(ids, rows.double(), slots), rtol=1e-5, atol=1e-5
+        )
+        assert torch.equal(slots, ops.row_slots_ref(ids, V))
+        of_steps = torch.stack([ids, ids.flip(0), torch.zeros_like(ids)])
+        assert torch.equal(ops.row_slots(of_steps, V), ops.row_slots_ref(of_steps, V))
+    else:
+        assert (slots == -1).all()
+    assert torch.equal(sums, ops.sum_rows(ids, rows, slots))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -283,7 +289,8 @@ def test_a_gradient_by_rows_equals_a_dense_one(device: str, T: int, H: int, V: i
     generator = torch.Generator().manual_seed(T)
     ids = torch.randint(0, V, (T,), generator=generator).to(device)
     rows = torch.randn(T, H, generator=generator).to(device)
-    sums, slots = ops.sum_rows(ids, rows, V)
+    slots = ops.row_slots(ids, V)
+    sums = ops.sum_rows(ids, rows, slots)
     dense = torch.where((slots < 0)[:, None], 0.0, sums[slots.long()])
     other, scale = torch.randn(3, 5, device=device), torch.tensor(0.7, device=device)
     results = []
@@ -299,10 +306,13 @@ def test_a_gradient_by_rows_equals_a_dense_one(device: str, T: int, H: int, V: i
 def test_bad_arguments_of_rows() -> None:
     ids, rows = torch.tensor([1, 5]), torch.ones(2, 3)
     with pytest.raises(RuntimeError, match=r"ids must be in 0\.\.4; got 5"):
-        ops.sum_rows(ids, rows, 5)
+        ops.row_slots(ids, 5)
+    slots = ops.row_slots(ids, 9)
     with pytest.raises(ValueError, match="rows must have shape"):
-        ops.sum_rows(ids, torch.ones(3, 3), 9)
-    sums, slots = ops.sum_rows(ids, rows, 9)
+        ops.sum_rows(ids, torch.ones(3, 3), slots)
+    with pytest.raises(RuntimeError, match="token 0 has no place"):
+        ops.sum_rows(torch.tensor([2, 5]), rows, slots)
+    sums = ops.sum_rows(ids, rows, slots)
     hyper, one = torch.ones(4), torch.ones(())
     for bad, match in (
         ({"slots": slots}, "row_param must be the index of one of 1 params; got -1"),
@@ -312,3 +322,88 @@ def test_bad_arguments_of_rows() -> None:
         with pytest.raises((RuntimeError, ValueError), match=match):
             grads = [sums if "row_param" in bad else torch.zeros(9, 3)]
             ops.adam_step_([torch.ones(9, 3)], grads, *moments, hyper, one, decoupled=True, **bad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("T", "H", "V"), [(5, 8, 33), (128, 256, 5003), (300, 514, 41)])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("scale", [0.7, math.nan])
+def test_rows_first_and_the_rest_beside_equal_one_update(
+    device: str, T: int, H: int, V: int, decoupled: bool, scale: float
+) -> None:
+    """Rows of which some have a gradient, some will be read next, some both; the rest in two slices."""
+    generator = torch.Generator().manual_seed(T)
+    ids, next_ids = (torch.randint(0, V, (T,), generator=generator).to(device) for _ in range(2))
+    next_ids[:3] = ids[:3]
+    slots, place = ops.row_slots(ids, V), ops.row_slots(next_ids, V)
+    sums = ops.sum_rows(ids, torch.randn(T, H, generator=generator).to(device), slots)
+    other, factor = torch.randn(3, 5, device=device), torch.tensor(scale, device=device)
+    arguments = (_hyper(device), factor)
+    results = []
+    for apart in (False, True):
+        p, m, v = (_tensors([(3, 5), (V, H)], device, seed) for seed in range(3))
+        v = [t.abs() for t in v]
+        if not apart:
+            rows = {"slots": slots, "row_param": 1}
+            ops.adam_step_(p, [other, sums], m, v, *arguments, decoupled=decoupled, **rows)
+            results.append(p + m + v)
+            continue
+        ops.adam_rows_(p[1], sums, m[1], v[1], next_ids, place, slots, *arguments, decoupled=decoupled)
+        for part, count in ((slice(0, V // 3), 3), (slice(V // 3, V), 1000)):
+            names = [0, 1] if part.start == 0 else [1]
+            lists = [[t[0], t[1][part]][-len(names) :] for t in (p, m, v)]
+            ops.adam_step_(
+                lists[0],
+                [other, sums][-len(names) :],
+                *lists[1:],
+                *arguments,
+                decoupled=decoupled,
+                slots=slots[part],
+                row_param=len(names) - 1,
+                done=place[part],
+                num_blocks=count,
+            )
+        results.append(p + m + v)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [False, True])
+def test_known_partial_sums_change_no_bit(device: str, bad: bool) -> None:
+    grads = _tensors([(3,), (70, 1001), (5000, 17), (1,)], device, 0)
+    if bad:
+        grads[1][69, 99] = math.inf
+    step = torch.tensor([7], device=device)
+    results = []
+    for known in (None, *((i, ops.square_partials(grads[i])) for i in range(4))):
+        latch = torch.tensor([-1.0, *[0.0] * 5], dtype=torch.float64, device=device)
+        given = list(grads)
+        if known is not None:
+            given[known[0]] = torch.full_like(given[known[0]], math.nan)  # is not read
+        results.append((*ops.clip_gradients_(given, step, 0.5, latch, known=known), latch))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_bad_arguments_of_an_update_beside() -> None:
+    hyper, one = torch.ones(4), torch.ones(())
+    lists = [[torch.ones(9, 4)] for _ in range(4)]
+    slots = ops.row_slots(torch.tensor([1, 5]), 9)
+    rows = {"decoupled": True, "slots": slots, "row_param": 0}
+    with pytest.raises(RuntimeError, match="num_blocks must be >= 0; got -1"):
+        ops.adam_step_(*lists, hyper, one, num_blocks=-1, **rows)
+    with pytest.raises(RuntimeError, match="done must be absent when num_blocks is 0"):
+        ops.adam_step_(*lists, hyper, one, done=slots, **rows)
+    with pytest.raises(RuntimeError, match="done must have the shape of slots"):
+        ops.adam_step_(*lists, hyper, one, done=slots[:5].clone(), num_blocks=1, **rows)
+    with pytest.raises(RuntimeError, match="num_blocks must be 0 with ternary params"):
+        sums = ops.abs_sums_like(lists[0])
+        ops.adam_step_(*lists, hyper, one, decoupled=True, ternary=[True], abs_sums=sums, num_blocks=1)
+    with pytest.raises(ValueError, match="place must have shape"):
+        ids = torch.tensor([1])
+        ops.adam_rows_(*(t[0] for t in lists), ids, slots[:5], slots, hyper, one, decoupled=True)
+    with pytest.raises(RuntimeError, match="known_index must be the index of one of 1 grads"):
+        latch = torch.zeros(3, dtype=torch.float64)
+        partials = ops.square_partials(lists[0][0])
+        ops.clip_gradients_(lists[0], torch.zeros(1, dtype=torch.int64), 1.0, latch, known=(1, partials))

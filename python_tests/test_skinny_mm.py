@@ -89,8 +89,18 @@ def test_tn_adds() -> None:
     grad, hidden = operands(140, 64, 200)["tn"]
     out = tools.normal(200, 64, seed=4)
     want = out + kernel("tn", grad, hidden)
-    torch.ops.bitnet_ext.skinny_mm_tn_(out, grad, hidden, True)
+    torch.ops.bitnet_ext.skinny_mm_tn_(out, grad, hidden, True, 0)
     torch.testing.assert_close(out, want)
+
+
+@pytest.mark.gpu
+def test_tn_on_a_part_of_the_gpu_gives_the_same_bits() -> None:
+    grad, hidden = operands(128, 256, 5003)["tn"]
+    want = kernel("tn", grad, hidden)
+    for max_blocks in (1, 66, 10_000):
+        out = torch.full_like(want, float("nan"))
+        torch.ops.bitnet_ext.skinny_mm_tn_(out, grad, hidden, False, max_blocks)
+        assert torch.equal(out, want)
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ BAD = "layers.1.feed_forward.up_proj.weight"
 
 
 class Poisoned(TrainStep):
-    """Multiplies one gradient by NaN at one step, by a device counter, so that a graph does it too."""
+    """Multiplies one gradient by NaN at one step, by its number on the device, so that a graph does it too."""
 
     bad_step = 13
 
@@ -33,7 +33,7 @@ class Poisoned(TrainStep):
         super().__init__(model, *arguments)
         table = torch.ones(1000, device=self.device)
         table[self.bad_step - 1] = float("nan")
-        dict(model.named_parameters())[BAD].register_hook(lambda g: g * table.index_select(0, self._step))
+        dict(model.named_parameters())[BAD].register_hook(lambda g: g * table.index_select(0, self._number))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bitnet_ext.ops import _checks
+from bitnet_ext.ops.side_stream import weight_gradient_side
 from bitnet_ext.ops.skinny_mm import takes_skinny_mm
 
 _ops = torch.ops.bitnet_ext
@@ -278,13 +279,16 @@ def _write_grad_hidden(grad: Tensor, head: Tensor, out: Tensor) -> None:
 
 
 def _add_grad_head(
-    grad: Tensor, hidden: Tensor, total: Tensor | None, rows: int, dtype: torch.dtype
+    grad: Tensor, hidden: Tensor, total: Tensor | None, rows: int, dtype: torch.dtype, max_blocks: int = 0
 ) -> Tensor:
-    """total + grad[:, :C]^T x hidden as [C, H] of `dtype`; total, if given, is of `dtype` and overwritten."""
+    """total + grad[:, :C]^T x hidden as [C, H] of `dtype`; total, if given, is of `dtype` and overwritten.
+
+    max_blocks: multiprocessors to take, 0 for all; the library's products take what they like.
+    """
     columns = grad[:, :rows].t()
     if dtype == grad.dtype and takes_skinny_mm("tn", *hidden.shape, grad[:, :rows], hidden):
         out = torch.empty((rows, hidden.shape[1]), device=grad.device) if total is None else total
-        _ops.skinny_mm_tn_(out, grad[:, :rows], hidden, total is not None)
+        _ops.skinny_mm_tn_(out, grad[:, :rows], hidden, total is not None, max_blocks)
         return out
     if dtype == grad.dtype:
         if total is not None:
@@ -361,6 +365,8 @@ def forward(
         total: Tensor | None = None
         # One chunk is rounded once to the dtype of the weight; several are summed in float32.
         total_dtype = dtype if weight.dtype == dtype and len(chunks) == 1 and not output_l2 else torch.float32
+        # On another stream only where that stream makes all of it, while the logits stay as they are.
+        side = weight_gradient_side() if needs_grad_weight and len(chunks) == 1 and not output_l2 else None
         if needs_grad_weight and output_l2:
             total = torch.zeros((head.shape[0], H), device=hidden.device)
             total[:V].copy_(weight).mul_(2.0 * output_l2)
@@ -375,7 +381,14 @@ def forward(
                 stats.append(part)
             if needs_grad_hidden:
                 _write_grad_hidden(logits, head, grad_hidden[rows])
-            if needs_grad_weight:
+            if side is not None:
+                # Behind the gradient of hidden, which the backward waits for.
+                with side.fork(buffer, x):
+                    total = _add_grad_head(
+                        logits, x[rows], None, head.shape[0], total_dtype, side.max_blocks
+                    )[:V].to(weight.dtype)
+                side.has_gradient = True
+            elif needs_grad_weight:
                 total = _add_grad_head(logits, x[rows], total, head.shape[0], total_dtype)
 
         lse, cross_entropy, entropy, smoothing, argmax = (
@@ -432,6 +445,8 @@ def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*output[9:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
+    side = weight_gradient_side()  # the backward runs on a thread of its own
+    ctx.side = side if side is not None and side.has_gradient else None
 
 
 def backward(ctx: Any, grad_loss: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -447,13 +462,23 @@ def backward(ctx: Any, grad_loss: Tensor | None, *_unused: Tensor | None) -> tup
     # The saved gradients are handed on themselves where nothing can ask for them again: no copy of a large
     # weight, and nothing to do at all when the loss is the end of the graph and its gradient 1.
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        if ctx.side is not None:
+            ctx.side.join()
         scaled = [None if grad is None else (grad * grad_loss).to(grad.dtype) for grad in saved]
     else:
         scaled = [None if grad is None else grad.detach() for grad in saved]
         present = [grad for grad in scaled if grad is not None]
-        if grad_loss.is_cuda:
-            _ops.scale_(present, grad_loss)
-        elif float(grad_loss) != 1.0:
-            for grad in present:
-                grad.mul_(grad_loss)
+        if ctx.side is not None:
+            with ctx.side.fork(grad_loss):
+                _scale_([present.pop()], grad_loss)
+        _scale_(present, grad_loss)
     return (*scaled, *(None,) * 10)
+
+
+def _scale_(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiplies grads by a scalar, without a sync, and on CUDA without touching them if it is 1."""
+    if factor.is_cuda:
+        _ops.scale_(grads, factor)
+    elif float(factor) != 1.0:
+        for grad in grads:
+            grad.mul_(factor)

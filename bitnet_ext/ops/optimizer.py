@@ -25,8 +25,22 @@ def sum_of_squares_ref(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.double().square().sum() for t in tensors]).sum()
 
 
+def square_partials(tensor: Tensor) -> Tensor:
+    """The part of :func:`clip_gradients_` that reads a float32 `tensor`: sums of its squares over runs of
+    elements, float64 [n]; how many depends on its size and device.
+    """
+    op = "square_partials"
+    _checks.tensor(op, "tensor", tensor, dtypes=(torch.float32,))
+    return _ops.square_partials(tensor.contiguous())
+
+
 def clip_gradients_(
-    grads: Sequence[Tensor], step: Tensor, max_norm: float | None, latch: Tensor
+    grads: Sequence[Tensor],
+    step: Tensor,
+    max_norm: float | None,
+    latch: Tensor,
+    *,
+    known: tuple[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The global gradient norm and the factor that clips it, and a latch for gradients that are not finite.
 
@@ -41,6 +55,7 @@ def clip_gradients_(
         max_norm: None for no clipping.
         latch: float64 [2 + n] on the same device, changed in place: the step, a counter of the kernel's,
             the sums. Before the first step the caller makes it 0 and latch[0] -1.
+        known: an index into grads and that gradient's :func:`square_partials`: it is not read again.
 
     Returns:
         norm and grad_scale, float32 [].
@@ -55,7 +70,10 @@ def clip_gradients_(
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"{op}: max_norm must be > 0 or None, got {max_norm}")
     bound = math.inf if max_norm is None else max_norm
-    norm, grad_scale = _ops.clip_gradients_([g.contiguous() for g in grads], step, bound, latch)
+    index, partials = (-1, None) if known is None else known
+    norm, grad_scale = _ops.clip_gradients_(
+        [g.contiguous() for g in grads], step, bound, latch, partials, index
+    )
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(latch)
     return norm, grad_scale
@@ -74,39 +92,57 @@ def clip_gradients_ref(
     return norm, torch.where(bad, math.nan, grad_scale), latch
 
 
-def sum_rows(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+def row_slots(ids: Tensor, V: int) -> Tensor:
+    """Where each id of an embedding of V rows first occurs in int64 `ids` [T], or -1: int32 [V].
+
+    For ids [S, T], of S steps, slots [S, V]. On CUDA every token of a step is compared with every other, so T
+    should be at most a few thousand.
+
+    Raises:
+        RuntimeError: on the CPU, when an id is not in [0, V). On CUDA such a token is left out.
+    """
+    op = "row_slots"
+    _checks.tensor(op, "ids", ids, dtypes=(torch.int64,), min_dim=1)
+    _checks.at_least_one(op, "V", V, "ids")
+    return _ops.row_slots(ids.contiguous(), V)
+
+
+def row_slots_ref(ids: Tensor, V: int) -> Tensor:
+    """:func:`row_slots` in plain PyTorch."""
+    first = (ids[..., :, None] == ids[..., None, :]).int().argmax(-1)  # of each token's id
+    slots = torch.full((*ids.shape[:-1], V), -1, dtype=torch.int32, device=ids.device)
+    return slots.scatter_(-1, ids, first.int())
+
+
+def sum_rows(ids: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """The gradient of an embedding [V, H] without its zeros, from the rows of a step's tokens.
 
     Args:
-        ids: int64 [T], 0 <= id < V. On CUDA every token is compared with every other, so T should be at most a
-            few thousand.
+        ids: int64 [T].
         rows: float32 [T, H], the gradient of each token's vector.
+        slots: int32 [V], :func:`row_slots` of ids.
 
     Returns:
-        sums float32 [T, H], at the first token of an id the sum of the rows of all its tokens, else 0; and slots
-        int32 [V], the place of an id in sums, or -1.
+        float32 [T, H], at the first token of an id the sum of the rows of all its tokens, else 0.
 
     Raises:
-        RuntimeError: on the CPU, when an id is out of range. On CUDA such a token is left out.
+        RuntimeError: on the CPU, when a token has no place in slots.
     """
     op = "sum_rows"
     _checks.tensor(op, "ids", ids, dtypes=(torch.int64,), dim=1)
     _checks.tensor(op, "rows", rows, dtypes=(torch.float32,), dim=2)
+    _checks.tensor(op, "slots", slots, dtypes=(torch.int32,), dim=1)
     _checks.same_device(op, "rows", rows, "ids", ids)
+    _checks.same_device(op, "slots", slots, "ids", ids)
     _checks.shape(op, "rows", rows, (ids.shape[0], rows.shape[1]), "a row for each of ids")
-    _checks.at_least_one(op, "V", V, "ids")
-    return _ops.sum_rows(ids.contiguous(), rows.contiguous(), V)
+    return _ops.sum_rows(ids.contiguous(), rows.contiguous(), slots.contiguous())
 
 
-def sum_rows_ref(ids: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+def sum_rows_ref(ids: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """:func:`sum_rows` in plain PyTorch."""
     same = ids[:, None] == ids[None, :]
-    first = same.int().argmax(1)  # of each token's id
     places = torch.arange(ids.shape[0], device=ids.device)
-    sums = torch.where((first == places)[:, None], same.to(rows.dtype) @ rows, 0.0)
-    slots = torch.full((V,), -1, dtype=torch.int32, device=ids.device)
-    slots[ids] = first.int()
-    return sums, slots
+    return torch.where((slots[ids] == places)[:, None], same.to(rows.dtype) @ rows, 0.0)
 
 
 def adam_step_(
@@ -126,6 +162,8 @@ def adam_step_(
     abs_sums: Tensor | None = None,
     slots: Tensor | None = None,
     row_param: int = -1,
+    done: Tensor | None = None,
+    num_blocks: int = 0,
 ) -> None:
     """One Adam update of `params` in place, in one pass over memory; on CUDA one launch for up to 72 tensors.
 
@@ -145,7 +183,11 @@ def adam_step_(
         abs_sums: float64 as from :func:`abs_sums_like` of the ternary params: takes the sums of their new
             magnitudes, in this order, for :func:`quantize_weight_groups_`.
         slots, row_param: the gradient of params[row_param], an embedding [V, H], is given by :func:`sum_rows`:
-            grads[row_param] is its sums [T, H], slots its int32 [V]. Rows without a slot have gradient 0.
+            grads[row_param] is its sums [T, H], slots int32 [V]. Rows without a slot have gradient 0.
+        num_blocks: on CUDA, blocks of 256 threads that do it all and leave room for kernels of other streams; 0
+            for as many as there is work for. Not with ternary params. Without effect on the CPU.
+        done: int32 [V], with slots and num_blocks: rows of params[row_param] that have a number >= 0 here were
+            updated before (:func:`adam_rows_`) and are left as they are.
     """
     op = "adam_step_"
     for name, tensors in (
@@ -193,9 +235,50 @@ def adam_step_(
         beta2,
         eps,
         decoupled,
+        done,
+        num_blocks,
     )
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([*params, *exp_avg, *exp_avg_sq])
+
+
+def adam_rows_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ids: Tensor,
+    place: Tensor,
+    slots: Tensor,
+    hyper: Tensor,
+    grad_scale: Tensor,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    decoupled: bool,
+    decay: bool = True,
+) -> None:
+    """:func:`adam_step_` for the rows `ids` of one embedding alone, so that they can be read before the rest.
+
+    Args:
+        param, exp_avg, exp_avg_sq: float32 [V, H].
+        grad, slots: float32 [.., H] and int32 [V], the gradient by rows as of :func:`sum_rows`.
+        ids: int64 [T], each in [0, V) or left out; an id that occurs twice is updated once.
+        place: int32 [V], :func:`row_slots` of ids: as `done` of :func:`adam_step_` it names these rows.
+    """
+    op = "adam_rows_"
+    for name, t in (("param", param), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _checks.tensor(op, name, t, dtypes=(torch.float32,), dim=2)
+        _checks.same_device(op, name, t, "param", param)
+    _checks.tensor(op, "ids", ids, dtypes=(torch.int64,), dim=1)
+    for name, t in (("place", place), ("slots", slots)):
+        _checks.tensor(op, name, t, dtypes=(torch.int32,))
+        _checks.shape(op, name, t, param.shape[:1], "a place for each row of param")
+    tensors = (param, grad, exp_avg, exp_avg_sq, ids.contiguous(), place, slots, hyper.contiguous())
+    _ops.adam_rows_(*tensors, grad_scale, decay, beta1, beta2, eps, decoupled)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([param, exp_avg, exp_avg_sq])
 
 
 def adam_step_ref(

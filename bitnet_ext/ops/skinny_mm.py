@@ -135,7 +135,7 @@ def skinny_mm_tn(grad: Tensor, hidden: Tensor) -> Tensor:
     if not takes_skinny_mm("tn", T, H, grad, hidden):
         return torch.mm(grad.t(), hidden)
     out = hidden.new_empty((grad.shape[1], H))
-    _ops.skinny_mm_tn_(out, grad, hidden.contiguous(), False)
+    _ops.skinny_mm_tn_(out, grad, hidden.contiguous(), False, 0)
     return out
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,14 @@ def parameter_group(name: str, p: Tensor) -> str:
     if "embed_tokens" in name:
         return "embedding"
     return "head" if "lm_head" in name else "linear"
+
+
+class RowGradient(NamedTuple):
+    """The gradient of an embedding [V, H] by rows: see :func:`bitnet_ext.ops.sum_rows`."""
+
+    name: str
+    sums: Tensor
+    slots: Tensor
 
 
 class FusedAdam:
@@ -58,12 +67,8 @@ class FusedAdam:
         self._latch[0] = -1.0
         self._no_step = torch.zeros(1, dtype=torch.int64, device=device)
         self._clipped: list[str] = []  # names behind the entries of the latch
-        self._row_grad: Tensor | None = (
-            None  # the sparse gradient, if there is one, of the parameter named so,
-        )
-        self._row_name: str | None = None
-        self._slots: Tensor | None = None  # where the rows of its tokens are in
-        self._sums = torch.empty(0, 0, device=device)
+        self._sparse: Tensor | None = None  # the sparse gradient, if there is one, and what it was made to
+        self.row_gradient: RowGradient | None = None
         self._groups: list[list[Tensor]] = []
         self._codes: list[QuantizedWeight] = []
         self._ternary: list[str] = []  # names of the weights of the groups, in order
@@ -99,24 +104,31 @@ class FusedAdam:
     def zero_grad(self) -> None:
         for p in self.named.values():
             p.grad = None
-        self._row_grad, self._row_name, self._slots = None, None, None
+        self._sparse, self.row_gradient = None, None
 
-    def grad_norm_and_scale(self, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def grad_norm_and_scale(
+        self, step: Tensor | None = None, known: tuple[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Global gradient norm and the factor that clips it to grad_clip, float32 [] each, without a sync.
 
         The factor is NaN from the first step on whose norm is not finite; `step` int64 [1] is the step's number.
+        known: a parameter's name and :func:`bitnet_ext.ops.square_partials` of its gradient.
         """
-        grads = self._gradients()
+        grads = self.gradients()
         self._clipped = list(grads)
         return ops.clip_gradients_(
             list(grads.values()),
             self._no_step if step is None else step,
             self.config.grad_clip,
             self._latch[: 2 + len(grads)],
+            known=None if known is None else (self._clipped.index(known[0]), known[1]),
         )
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """The gradients there are; of a sparse one the rows, with `_row_name` and `_slots` to go with them."""
+    def gradients(self, slots: Tensor | None = None) -> dict[str, Tensor]:
+        """The gradients there are; of a sparse one the rows, with `row_gradient` to go with them.
+
+        slots: of the ids of the sparse one, if they are known (:func:`bitnet_ext.ops.row_slots`).
+        """
         grads = {name: p.grad for name, p in self.named.items() if p.grad is not None}
         by_rows = [name for name, grad in grads.items() if grad.is_sparse]
         if len(by_rows) > 1:
@@ -124,13 +136,15 @@ class FusedAdam:
                 f"FusedAdam: at most one gradient may be sparse, got those of {', '.join(by_rows)}"
             )
         if not by_rows:
-            self._row_name, self._slots = None, None
-        elif self._row_grad is not grads[by_rows[0]]:
-            self._row_grad, self._row_name = grads[by_rows[0]], by_rows[0]
-            ids, rows = self._row_grad._indices()[0], self._row_grad._values()
-            self._sums, self._slots = ops.sum_rows(ids, rows, self.named[self._row_name].shape[0])
-        if self._row_name is not None:
-            grads[self._row_name] = self._sums
+            self._sparse, self.row_gradient = None, None
+        elif self._sparse is not grads[by_rows[0]]:
+            self._sparse, name = grads[by_rows[0]], by_rows[0]
+            ids, rows = self._sparse._indices()[0], self._sparse._values()
+            if slots is None:
+                slots = ops.row_slots(ids, self.named[name].shape[0])
+            self.row_gradient = RowGradient(name, ops.sum_rows(ids, rows, slots), slots)
+        if self.row_gradient is not None:
+            grads[self.row_gradient.name] = self.row_gradient.sums
         return grads
 
     def first_bad_step(self) -> tuple[int, list[str]] | None:
@@ -146,7 +160,7 @@ class FusedAdam:
         """Lets updates happen again after a gradient that was not finite."""
         self._latch[0] = -1.0
 
-    def step(self, hyper: Tensor, grad_scale: Tensor) -> None:
+    def step(self, hyper: Tensor, grad_scale: Tensor, *, without: Collection[str] = ()) -> None:
         """One update, and the new codes.
 
         Gradients may be dense, and one of them sparse in its rows, as of an ``nn.Embedding(sparse=True)``.
@@ -155,17 +169,21 @@ class FusedAdam:
             hyper: float32 [5], a row of :func:`bitnet_ext.training.schedules.hyper_table`; with Adam the first
                 four suffice.
             grad_scale: of :meth:`grad_norm_and_scale`.
+            without: parameters that are updated elsewhere; none of them ternary.
         """
         if self._muon is not None:
             self._muon.step(hyper[4], hyper[1], grad_scale)
         sums = self._abs_sums
-        grads = self._gradients()
+        grads = self.gradients()
         if not grads.keys() >= set(self._ternary):
             sums = None  # not every weight goes through the update
         # Ternary weights in the order of their groups, first: their blocks are the longest.
         first = [] if sums is None else self._ternary
         rest = [name for name in self._by_adam if name not in set(first)]
-        names = [name for name in [*first, *rest] if name in grads]
+        names = [name for name in [*first, *rest] if name in grads and name not in without]
+        row_gradient = self.row_gradient
+        if row_gradient is not None and row_gradient.name in without:
+            row_gradient = None
         if names:
             ops.adam_step_(
                 [self.named[name].detach() for name in names],
@@ -177,15 +195,80 @@ class FusedAdam:
                 beta1=self.config.beta1,
                 beta2=self.config.beta2,
                 eps=self.config.eps,
-                decoupled=self.config.optimizer != "adam_l2",
+                decoupled=self._decoupled,
                 decay=[self.decays[name] for name in names],
                 ternary=[i < len(first) for i in range(len(names))],
                 abs_sums=sums,
-                slots=self._slots,
-                row_param=-1 if self._row_name is None else names.index(self._row_name),
+                slots=None if row_gradient is None else row_gradient.slots,
+                row_param=-1 if row_gradient is None else names.index(row_gradient.name),
             )
         if self._groups:
             ops.quantize_weight_groups_(self._groups, self._codes, sums)
+
+    def step_rows(self, ids: Tensor, place: Tensor, hyper: Tensor, grad_scale: Tensor) -> None:
+        """The update of the rows `ids` int64 [T] of the parameter of `row_gradient`.
+
+        place: :func:`bitnet_ext.ops.row_slots` of ids, which tells :meth:`step_beside` what was done here.
+        """
+        assert self.row_gradient is not None
+        name, sums, slots = self.row_gradient
+        ops.adam_rows_(
+            self.named[name].detach(),
+            sums,
+            self.exp_avg[name],
+            self.exp_avg_sq[name],
+            ids,
+            place,
+            slots,
+            hyper[:4],
+            grad_scale,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=self.config.eps,
+            decoupled=self._decoupled,
+            decay=self.decays[name],
+        )
+
+    def step_beside(
+        self,
+        grads: dict[str, Tensor],
+        rows: tuple[RowGradient, slice, Tensor] | None,
+        hyper: Tensor,
+        grad_scale: Tensor,
+        num_blocks: int,
+    ) -> None:
+        """The update of large parameters that are not ternary, in a launch that leaves room for other streams.
+
+        Args:
+            grads: dense, by name.
+            rows: a gradient by rows, which rows of its parameter to update, and where :meth:`step_rows` was.
+            num_blocks: of the launch.
+        """
+        whole = slice(None)
+        parts = [(name, whole, grad) for name, grad in grads.items()]
+        if rows is not None:
+            parts.append((rows[0].name, rows[1], rows[0].sums))
+        ops.adam_step_(
+            [self.named[name].detach()[part] for name, part, _ in parts],
+            [grad for *_, grad in parts],
+            [self.exp_avg[name][part] for name, part, _ in parts],
+            [self.exp_avg_sq[name][part] for name, part, _ in parts],
+            hyper[:4],
+            grad_scale,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=self.config.eps,
+            decoupled=self._decoupled,
+            decay=[self.decays[name] for name, *_ in parts],
+            slots=None if rows is None else rows[0].slots[rows[1]],
+            row_param=-1 if rows is None else len(parts) - 1,
+            done=None if rows is None else rows[2][rows[1]],
+            num_blocks=num_blocks,
+        )
+
+    @property
+    def _decoupled(self) -> bool:
+        return self.config.optimizer != "adam_l2"
 
     def mark_changed(self) -> None:
         """Counts an update in the tensors' version counters, which a replayed graph does not do."""

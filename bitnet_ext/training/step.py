@@ -2,7 +2,8 @@
 
 Everything that changes from step to step is read from device memory by a device counter (rows, learning
 rate, weight decay, bias corrections) and written there (losses, gradient norm), so the same code runs
-eagerly on a CPU and replays as a graph on a GPU without a word from the host.
+eagerly on a CPU and replays as a graph on a GPU without a word from the host. Where the parts of a step can
+run beside each other (overlap.py), a graph holds several steps.
 
 Ternary weights are quantised once a step, by the optimiser's own pass over them; the forward of every
 micro-batch, and of evaluations in between, uses these codes.
@@ -26,7 +27,9 @@ from bitnet_ext.nn import WeightCache, resident_weights, set_backward, weight_ca
 from bitnet_ext.ops import QuantizedWeight
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.distributed import World, mean_over_ranks
+from bitnet_ext.training.objective import LanguageModelLoss
 from bitnet_ext.training.optimizer import FusedAdam
+from bitnet_ext.training.overlap import Overlap
 from bitnet_ext.training.schedules import hyper_table
 
 #: Columns of a step's record.
@@ -35,6 +38,9 @@ RECORD = ("loss", "cross_entropy", "entropy", "grad_norm")
 #: Steps whose rows are sent to a GPU at once: the host looks at the device once in so many steps.
 BLOCK_STEPS = 64
 
+#: Steps of a graph whose steps overlap. The last one updates everything before it ends, which the others do
+#: beside the next one; a block is a whole number of such graphs, and what it lacks is made step by step.
+UNROLLED_STEPS = 16
 
 #: Tokens of a step up to which a GPU takes the embedding's gradient by rows.
 MAX_ROW_TOKENS = 2048
@@ -53,32 +59,6 @@ class NonFiniteGradientError(ArithmeticError):
         super().__init__(f"the gradient of {', '.join(names[:3]) or 'the model'}{more} holds NaN or Inf")
         self.step = step
         self.records = records
-
-
-class LanguageModelLoss(nn.Module):
-    """Rows int64 [B, seq_len + 1] -> (objective, cross-entropy, mean predictive entropy)."""
-
-    def __init__(self, model: BitNetForCausalLM, config: TrainConfig) -> None:
-        super().__init__()
-        self.model = model
-        self.config = config
-
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        bf16 = config.precision == "bf16"
-        with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16):
-            hidden = self.model.hidden_states(rows[:, :-1].contiguous())
-        out = ops.linear_cross_entropy(
-            hidden.bfloat16() if bf16 else hidden,
-            self.model.head_weight,
-            rows[:, 1:].contiguous(),
-            label_smoothing=config.label_smoothing,
-            z_loss=config.z_loss,
-            entropy_weight=config.entropy_weight,
-            diversity_weight=config.diversity_weight,
-            output_l2=config.output_l2,
-        )
-        return out.loss, out.cross_entropy, out.entropy
 
 
 class TrainStep:
@@ -104,25 +84,35 @@ class TrainStep:
         self.optimizer = optimizer
         self.device = device
         self.world = world
+        self._model = model
         set_backward(model, cast(ops.Backward, config.backward))
         loss = LanguageModelLoss(model, config)
         self._loss: nn.Module = DistributedDataParallel(loss) if world.size > 1 else loss
-        self.block_steps = BLOCK_STEPS if device.type == "cuda" else 1
-        shape = (self.block_steps, config.batch_size // world.size, config.seq_len + 1)
-        self._rows = torch.zeros(shape, dtype=torch.int64, device=device)
-        # From pinned memory the rows reach the device without the host waiting for it.
-        self._host_rows = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._record = torch.zeros(self.block_steps, len(RECORD), device=device)
+        self._allocate(BLOCK_STEPS if device.type == "cuda" else 1)
         self._table = torch.from_numpy(hyper_table(config)).to(device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._number = self._step  # int64 [1], of the step that is being made or captured
         self._kept: list[tuple[WeightCache, list[Tensor], QuantizedWeight]] = []
         self._resident: dict[WeightCache, QuantizedWeight] = {}
         self._looked_for_caches = False
         self._embedding = model.embed_tokens if self._takes_rows(model) else None
         self._launched = (0, 0)  # step before the launched ones, and how many they are
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: list[tuple[int, torch.cuda.CUDAGraph]] = []  # and their steps, the most first
         self._wants_graph = config.cuda_graph and device.type == "cuda" and world.size == 1
+        self._overlap: Overlap | None = None
+
+    def _allocate(self, block_steps: int) -> None:
+        """What the host and the device hand each other for a block of steps."""
+        self.block_steps = block_steps
+        config, device = self.config, self.device
+        # Ids and targets apart, so that the rows of a step are taken in one copy.
+        shape = (block_steps, 2, config.batch_size // self.world.size, config.seq_len)
+        self._rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        # From pinned memory the rows reach the device without the host waiting for it.
+        self._host_rows = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._record = torch.zeros(block_steps, len(RECORD), device=device)
+        self._offsets = torch.arange(block_steps, device=device)
 
     def _takes_rows(self, model: BitNetForCausalLM) -> bool:
         """Whether the embedding's gradient comes as rows of the step's tokens instead of a matrix of zeros.
@@ -154,19 +144,23 @@ class TrainStep:
         its own before the first one is finished.
         """
         count = rows.shape[0]
-        if self._wants_graph and self._graph is None:
+        if self._wants_graph and not self._graphs:
             self._capture()
         self._check_codes()
-        self._host_rows[:count].copy_(torch.from_numpy(rows))
+        host_rows = torch.from_numpy(rows)
+        self._host_rows[:count, 0].copy_(host_rows[..., :-1])
+        self._host_rows[:count, 1].copy_(host_rows[..., 1:])
         self._rows[:count].copy_(self._host_rows[:count], non_blocking=True)
         self._position.zero_()
         self._step.fill_(start)
-        for _ in range(count):
-            if self._graph is not None:
-                self._graph.replay()
-            else:
-                self._body()
-        if self._graph is not None:
+        left = count
+        for steps, graph in self._graphs:
+            for _ in range(left // steps):
+                graph.replay()
+            left %= steps
+        for _ in range(left):
+            self._make(1)
+        if self._graphs:
             self.optimizer.mark_changed()  # a replay does not count
         for cache, group, codes in self._kept:
             cache.put(group, codes)
@@ -213,53 +207,101 @@ class TrainStep:
         for cache, group, codes in self._kept:
             cache.put(group, codes)
 
-    def _body(self) -> None:
-        rows = self._rows.index_select(0, self._position)[0]
+    def _make(self, count: int) -> None:
+        """Makes `count` steps, of which all but the last may leave work to the step that follows."""
+        positions = self._position + self._offsets[:count]
+        numbers = self._step + self._offsets[:count]
+        rows = self._rows.index_select(0, positions)
+        hyper = self._table.index_select(0, numbers)
+        records = torch.empty(count, len(RECORD), device=self.device)
+        slots = None
+        if self._overlap is not None:
+            slots = ops.row_slots(rows[:, 0].flatten(1), self._overlap.vocab_size)
+        for index in range(count):
+            self._number = numbers[index : index + 1]
+            self.optimizer.zero_grad()
+            values = self._gradients(rows[index])
+            if self._overlap is None or slots is None:
+                norm, scale = self.optimizer.grad_norm_and_scale(self._number)
+                self.optimizer.step(hyper[index], scale)
+                torch.stack([*values, norm], out=records[index])
+                continue
+            squares = self._overlap.squares_of_head(slots[index])
+            norm, scale = self.optimizer.grad_norm_and_scale(self._number, squares)
+            values.append(norm)
+            if index + 1 < count:
+                next_ids = rows[index + 1, 0].flatten()
+                self._overlap.update(hyper[index], scale, next_ids, slots[index + 1], values, records[index])
+            else:
+                self.optimizer.step(hyper[index], scale)
+                torch.stack(values, out=records[index])
+        self._record.index_copy_(0, positions, records)
+        self._position += count
+        self._step += count
+
+    def _gradients(self, rows: Tensor) -> list[Tensor]:
+        """Forward and backward of rows int64 [2, B, seq_len]; the first three values of the step's record."""
         accumulation = self.config.accumulation
-        self.optimizer.zero_grad()
-        sums = torch.zeros(3, device=self.device)
-        for index, micro_rows in enumerate(rows.chunk(accumulation)):
+        sums = torch.zeros(3, device=self.device) if accumulation > 1 else None
+        for index, micro_rows in enumerate(rows.chunk(accumulation, 1)):
             last = index == accumulation - 1
             together = last or self.world.size == 1
             with (
                 contextlib.nullcontext() if together else self._loss.no_sync(),  # type: ignore[operator]
+                contextlib.nullcontext() if self._overlap is None else self._overlap.gradients_apart(),
                 resident_weights(self._resident),
                 self._row_gradient(),
             ):
-                loss, cross_entropy, entropy = self._loss(micro_rows)
+                loss, cross_entropy, entropy = self._loss(micro_rows[0], micro_rows[1])
                 (loss / accumulation if accumulation > 1 else loss).backward()
-            sums += torch.stack([loss.detach(), cross_entropy, entropy]) / accumulation
+            values = [loss.detach(), cross_entropy, entropy]
+            if sums is not None:
+                sums += torch.stack(values) / accumulation
         if not self._looked_for_caches:  # after the first forward they hold something
             self._looked_for_caches = True
             self._keep_codes()
-        norm, scale = self.optimizer.grad_norm_and_scale(self._step)
-        self.optimizer.step(self._table.index_select(0, self._step)[0], scale)
-        self._record.index_copy_(0, self._position, torch.cat([sums, norm.reshape(1)])[None])
-        self._position += 1
-        self._step += 1
+        return values if sums is None else list(sums.unbind())
+
+    def _start_overlap(self, stream: torch.cuda.Stream | None) -> None:
+        """Lets parts of several steps run beside each other, where the step is one that can be cut so."""
+        head, embedding = self._model.lm_head, self._embedding
+        few_steps = self.config.steps < UNROLLED_STEPS
+        if head is None or embedding is None or self.config.accumulation > 1 or few_steps:
+            return
+        if head.weight.requires_grad and embedding.weight.requires_grad:
+            self._overlap = Overlap(self.optimizer, head.weight, embedding.weight, stream)
+            cast(LanguageModelLoss, self._loss).before_head = self._overlap.before_head
 
     def _capture(self) -> None:
-        """Captures :meth:`_body`; the warm-up's effects on parameters and moments are undone.
+        """Captures :meth:`_make`; the warm-up's effects on parameters and moments are undone.
 
-        Warm-up and capture are on one stream that is this run's own: cuBLAS has a workspace a stream, and two graphs
-        captured on torch's common capture stream wrote to the same one when they were replayed side by side.
+        Warm-up and capture are on two streams that are this run's own: cuBLAS has a workspace a stream, and two
+        graphs captured on torch's common capture stream wrote to the same one when they were replayed side by side.
+        Graphs keep the priorities of the streams, and streams of priorities other than 0 are handed out to nobody
+        else.
         """
         state = [p.detach() for p in self.optimizer.named.values()] + list(self.optimizer.state().values())
         saved = [value.clone() for value in state]
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device, priority=-2)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._body()
-                self._step.zero_()
+            self._make(1)
+            self._step.zero_()
+            self._start_overlap(torch.cuda.Stream(self.device, priority=-1))
+            self._make(1 if self._overlap is None else 2)
+            self._step.zero_()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         for value, before in zip(state, saved, strict=True):
             value.copy_(before)
         del saved
         self.optimizer.forget_bad_step()
         self._position.zero_()
-        self.optimizer.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            self._body()
-        self._graph = graph
+        pool = None
+        # The graph of one step is the last, so that the gradients are its own: a step that is looked at is run alone.
+        for steps in (1,) if self._overlap is None else (UNROLLED_STEPS, 1):
+            self.optimizer.zero_grad()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._make(steps)
+            pool = graph.pool()
+            self._graphs.append((steps, graph))

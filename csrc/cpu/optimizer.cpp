@@ -22,9 +22,11 @@ struct Chunk {
   int64_t start, count;
 };
 
-std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors) {
+// Of all tensors but number `left_out` (-1: of all).
+std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors, int64_t left_out = -1) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < tensors.size(); ++i) {
+    if (static_cast<int64_t>(i) == left_out) continue;
     const int64_t total = tensors[i].numel();
     for (int64_t start = 0; start < total; start += kChunk)
       chunks.push_back({i, start, std::min(kChunk, total - start)});
@@ -36,11 +38,14 @@ std::string item(const char* arg, size_t i) {
   return std::string(arg) + "[" + std::to_string(i) + "]";
 }
 
-// The sum of the squares of each tensor, its chunks added in order.
-std::vector<double> square_sums(const char* op, const char* arg, const std::vector<Tensor>& tensors) {
+// The sum of the squares of each tensor, its chunks added in order; 0 for number `left_out`.
+std::vector<double> square_sums(const char* op,
+                                const char* arg,
+                                const std::vector<Tensor>& tensors,
+                                int64_t left_out = -1) {
   for (size_t i = 0; i < tensors.size(); ++i) check_input(op, item(arg, i).c_str(), tensors[i]);
   const Kernels& table = kernels();
-  const std::vector<Chunk> chunks = chunks_of(tensors);
+  const std::vector<Chunk> chunks = chunks_of(tensors, left_out);
   std::vector<double> sums(chunks.size());
   parallel_for(
       0, static_cast<int64_t>(chunks.size()), grain_for(kChunk * 4), [&](int64_t begin, int64_t end) {
@@ -74,14 +79,24 @@ Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
 std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
                                            const Tensor& step,
                                            double max_norm,
-                                           const Tensor& latch) {
+                                           const Tensor& latch,
+                                           const std::optional<Tensor>& known,
+                                           int64_t known_index) {
   const char* op = "clip_gradients_";
   if (grads.empty()) fail(op, "grads must hold at least one tensor; got an empty list");
   check_input(op, "step", step, ScalarType::Long);
   check_numel(op, "step", step, 1);
   check_input(op, "latch", latch, ScalarType::Double);
   check_vector(op, "latch", latch, 2 + static_cast<int64_t>(grads.size()));
-  const std::vector<double> sums = square_sums(op, "grads", grads);
+  check_known(op, grads, known, known_index);
+  if (known.has_value()) {
+    check_input(op, "known", *known, ScalarType::Double);
+    check_vector(op, "known", *known, 1);
+  }
+  std::vector<double> sums = square_sums(op, "grads", grads, known_index);
+  if (known.has_value()) {
+    sums[static_cast<size_t>(known_index)] = *static_cast<const double*>(known->const_data_ptr());
+  }
   double total = 0.0;
   for (const double sum : sums) total += sum;
   const float norm = static_cast<float>(std::sqrt(total));
@@ -99,33 +114,54 @@ std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
   return {norm_out, scale_out};
 }
 
+Tensor square_partials(const Tensor& tensor) {
+  Tensor result = new_tensor({1}, ScalarType::Double);
+  *static_cast<double*>(result.mutable_data_ptr()) = square_sums("square_partials", "tensor", {tensor})[0];
+  return result;
+}
+
+Tensor row_slots(const Tensor& ids, int64_t V) {
+  const char* op = "row_slots";
+  check_input(op, "ids", ids, ScalarType::Long);
+  const RowIds sizes = check_row_ids(op, ids, V);
+  Tensor slots = new_tensor(sizes.slots_shape, ScalarType::Int);
+  const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  auto* slot = static_cast<int32_t*>(slots.mutable_data_ptr());
+  std::fill(slot, slot + sizes.S * V, -1);
+  for (int64_t s = 0; s < sizes.S; ++s, id += sizes.T, slot += V) {
+    for (int64_t t = 0; t < sizes.T; ++t) {
+      if (id[t] < 0 || id[t] >= V) fail(op, "ids must be in 0..", V - 1, "; got ", id[t]);
+      if (slot[id[t]] < 0) slot[id[t]] = static_cast<int32_t>(t);
+    }
+  }
+  return slots;
+}
+
 // rows[t] added to the first row of the same id; the others become 0. slots as in csrc/ops.cpp.
-std::tuple<Tensor, Tensor> sum_rows(const Tensor& ids, const Tensor& rows, int64_t V) {
+Tensor sum_rows(const Tensor& ids, const Tensor& rows, const Tensor& slots) {
   const char* op = "sum_rows";
   check_input(op, "ids", ids, ScalarType::Long);
   check_input(op, "rows", rows, ScalarType::Float);
-  check_rows_of_ids(op, ids, rows, V);
-  const int64_t T = rows.size(0), H = rows.size(1);
+  check_input(op, "slots", slots, ScalarType::Int);
+  check_rows_of_ids(op, ids, rows, slots);
+  const int64_t T = rows.size(0), H = rows.size(1), V = slots.size(0);
   Tensor sums = new_tensor({T, H}, ScalarType::Float);
-  Tensor slots = new_tensor({V}, ScalarType::Int);
   const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
   const auto* in = static_cast<const float*>(rows.const_data_ptr());
+  const auto* slot = static_cast<const int32_t*>(slots.const_data_ptr());
   auto* out = static_cast<float*>(sums.mutable_data_ptr());
-  auto* slot = static_cast<int32_t*>(slots.mutable_data_ptr());
-  std::fill(slot, slot + V, -1);
   for (int64_t t = 0; t < T; ++t) {
-    if (id[t] < 0 || id[t] >= V) fail(op, "ids must be in 0..", V - 1, "; got ", id[t]);
+    const int64_t first = id[t] < 0 || id[t] >= V ? -1 : slot[id[t]];
+    if (first < 0 || first > t) fail(op, "slots must be those of ids; token ", t, " has no place in them");
     float* own = out + t * H;
-    if (slot[id[t]] < 0) {
-      slot[id[t]] = static_cast<int32_t>(t);
+    if (first == t) {
       std::copy(in + t * H, in + (t + 1) * H, own);
     } else {
-      float* first = out + slot[id[t]] * H;
-      for (int64_t k = 0; k < H; ++k) first[k] += in[t * H + k];
+      for (int64_t k = 0; k < H; ++k) out[first * H + k] += in[t * H + k];
       std::fill(own, own + H, 0.0f);
     }
   }
-  return {sums, slots};
+  return sums;
 }
 
 // The data pointers of a list that has to match params; but `row_param` may have fewer rows.
@@ -149,6 +185,7 @@ std::vector<float*> matching_data(const char* op,
 // A gradient [V, H] of which only some rows are not 0.
 struct RowGradient {
   const int32_t* slots = nullptr;  // [V]: the row of `rows`, or -1
+  const int32_t* done = nullptr;   // [V]: rows with a number >= 0 are passed over; may be null
   const float* rows = nullptr;     // [T, H]
   int64_t H = 0;
   std::vector<float> zeros;  // [H]
@@ -159,60 +196,21 @@ struct RowGradient {
     for (int64_t place = start; place < start + count;) {
       const int64_t row = place / H, column = place % H;
       const int64_t length = std::min(H - column, start + count - place);
-      f(place, (slots[row] < 0 ? zeros.data() : rows + slots[row] * H) + column, length);
+      if (done == nullptr || done[row] < 0) {
+        f(place, (slots[row] < 0 ? zeros.data() : rows + slots[row] * H) + column, length);
+      }
       place += length;
     }
   }
 };
 
-void adam_step_(const std::vector<Tensor>& params,
-                const std::vector<Tensor>& grads,
-                const std::vector<Tensor>& exp_avg,
-                const std::vector<Tensor>& exp_avg_sq,
-                const Tensor& hyper,
-                const Tensor& grad_scale,
-                const std::vector<int64_t>& decay,
-                const std::vector<int64_t>& ternary,
-                const std::optional<Tensor>& abs_sums,
-                const std::optional<Tensor>& slots,
-                int64_t row_param,
-                double beta1,
-                double beta2,
-                double eps,
-                bool decoupled) {
-  const char* op = "adam_step_";
-  const std::vector<float*> p = matching_data(op, "params", params, params);
-  const std::vector<float*> g = matching_data(op, "grads", grads, params, row_param);
-  const std::vector<float*> m = matching_data(op, "exp_avg", exp_avg, params);
-  const std::vector<float*> v = matching_data(op, "exp_avg_sq", exp_avg_sq, params);
+// Without decay.
+AdamStep adam_constants(
+    const char* op, const Tensor& hyper, const Tensor& grad_scale, double beta1, double beta2, double eps) {
   check_input(op, "hyper", hyper, ScalarType::Float);
   check_vector(op, "hyper", hyper, 4);
   check_input(op, "grad_scale", grad_scale, ScalarType::Float);
   check_numel(op, "grad_scale", grad_scale, 1);
-  check_length(op, "decay", decay.size(), params.size());
-  check_length(op, "ternary", ternary.size(), params.size());
-  std::vector<int64_t> first_sum(params.size());
-  int64_t num_sums = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
-    first_sum[i] = num_sums;
-    if (ternary[i]) num_sums += abs_sums_of(params[i].numel());
-  }
-  double* sums = nullptr;
-  if (abs_sums.has_value()) {
-    check_input(op, "abs_sums", *abs_sums, ScalarType::Double);
-    sums = static_cast<double*>(abs_sums->mutable_data_ptr());
-  }
-  check_abs_sums(op, abs_sums, num_sums);
-  check_row_param(op, params, grads, slots, row_param);
-  RowGradient row_gradient;
-  if (slots.has_value()) {
-    check_input(op, "slots", *slots, ScalarType::Int);
-    const size_t i = static_cast<size_t>(row_param);
-    row_gradient = {static_cast<const int32_t*>(slots->const_data_ptr()),
-                    g[i],
-                    params[i].size(1),
-                    std::vector<float>(static_cast<size_t>(params[i].size(1)))};
-  }
   const auto* h = static_cast<const float*>(hyper.const_data_ptr());
   const float lr = h[0], weight_decay = h[1], bias1 = h[2], bias2 = h[3];
   if (!(bias1 > 0.0f && bias2 > 0.0f)) {
@@ -234,9 +232,69 @@ void adam_step_(const std::vector<Tensor>& params,
   step.step_size = lr / bias1;
   step.inv_sqrt_bias = static_cast<float>(1.0 / std::sqrt(static_cast<double>(bias2)));
   step.eps = static_cast<float>(eps);
-  AdamStep decayed = step;
-  decayed.has_l2 = !decoupled;
-  decayed.has_shrink = decoupled;
+  return step;
+}
+
+AdamStep with_decay(AdamStep step, bool decoupled) {
+  step.has_l2 = !decoupled;
+  step.has_shrink = decoupled;
+  return step;
+}
+
+void adam_step_(const std::vector<Tensor>& params,
+                const std::vector<Tensor>& grads,
+                const std::vector<Tensor>& exp_avg,
+                const std::vector<Tensor>& exp_avg_sq,
+                const Tensor& hyper,
+                const Tensor& grad_scale,
+                const std::vector<int64_t>& decay,
+                const std::vector<int64_t>& ternary,
+                const std::optional<Tensor>& abs_sums,
+                const std::optional<Tensor>& slots,
+                int64_t row_param,
+                double beta1,
+                double beta2,
+                double eps,
+                bool decoupled,
+                const std::optional<Tensor>& done,
+                int64_t num_blocks) {
+  const char* op = "adam_step_";
+  const std::vector<float*> p = matching_data(op, "params", params, params);
+  const std::vector<float*> g = matching_data(op, "grads", grads, params, row_param);
+  const std::vector<float*> m = matching_data(op, "exp_avg", exp_avg, params);
+  const std::vector<float*> v = matching_data(op, "exp_avg_sq", exp_avg_sq, params);
+  check_length(op, "decay", decay.size(), params.size());
+  check_length(op, "ternary", ternary.size(), params.size());
+  std::vector<int64_t> first_sum(params.size());
+  int64_t num_sums = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    first_sum[i] = num_sums;
+    if (ternary[i]) num_sums += abs_sums_of(params[i].numel());
+  }
+  double* sums = nullptr;
+  if (abs_sums.has_value()) {
+    check_input(op, "abs_sums", *abs_sums, ScalarType::Double);
+    sums = static_cast<double*>(abs_sums->mutable_data_ptr());
+  }
+  check_abs_sums(op, abs_sums, num_sums);
+  check_row_param(op, params, grads, slots, row_param);
+  check_beside(op, slots, done, num_blocks, num_sums);
+  RowGradient row_gradient;
+  if (slots.has_value()) {
+    check_input(op, "slots", *slots, ScalarType::Int);
+    const size_t i = static_cast<size_t>(row_param);
+    row_gradient = {static_cast<const int32_t*>(slots->const_data_ptr()),
+                    nullptr,
+                    g[i],
+                    params[i].size(1),
+                    std::vector<float>(static_cast<size_t>(params[i].size(1)))};
+  }
+  if (done.has_value()) {
+    check_input(op, "done", *done, ScalarType::Int);
+    row_gradient.done = static_cast<const int32_t*>(done->const_data_ptr());
+  }
+  const AdamStep step = adam_constants(op, hyper, grad_scale, beta1, beta2, eps);
+  const AdamStep decayed = with_decay(step, decoupled);
   const bool skip = std::isnan(step.grad_scale);  // clip_gradients_ says: no step
 
   const Kernels& table = kernels();
@@ -260,12 +318,57 @@ void adam_step_(const std::vector<Tensor>& params,
       });
 }
 
+void adam_rows_(const Tensor& param,
+                const Tensor& grad,
+                const Tensor& exp_avg,
+                const Tensor& exp_avg_sq,
+                const Tensor& ids,
+                const Tensor& place,
+                const Tensor& slots,
+                const Tensor& hyper,
+                const Tensor& grad_scale,
+                bool decay,
+                double beta1,
+                double beta2,
+                double eps,
+                bool decoupled) {
+  const char* op = "adam_rows_";
+  float* p = matching_data(op, "param", {param}, {param})[0];
+  float* m = matching_data(op, "exp_avg", {exp_avg}, {param})[0];
+  float* v = matching_data(op, "exp_avg_sq", {exp_avg_sq}, {param})[0];
+  check_input(op, "grad", grad, ScalarType::Float);
+  check_input(op, "ids", ids, ScalarType::Long);
+  check_input(op, "place", place, ScalarType::Int);
+  check_input(op, "slots", slots, ScalarType::Int);
+  check_row_param(op, {param}, {grad}, slots, 0);
+  check_dim(op, "ids", ids, 1);
+  check_vector(op, "place", place, param.size(0));
+  AdamStep step = adam_constants(op, hyper, grad_scale, beta1, beta2, eps);
+  if (decay) step = with_decay(step, decoupled);
+  if (std::isnan(step.grad_scale)) return;
+  const Kernels& table = kernels();
+  const int64_t V = param.size(0), H = param.size(1);
+  const std::vector<float> zeros(static_cast<size_t>(H));
+  const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  const auto* first = static_cast<const int32_t*>(place.const_data_ptr());
+  const auto* slot = static_cast<const int32_t*>(slots.const_data_ptr());
+  const auto* rows = static_cast<const float*>(grad.const_data_ptr());
+  for (int64_t t = 0; t < ids.numel(); ++t) {
+    if (id[t] < 0 || id[t] >= V || first[id[t]] != t) continue;
+    const int64_t start = id[t] * H, from = slot[id[t]];
+    table.adam(p + start, from < 0 ? zeros.data() : rows + from * H, m + start, v + start, H, step);
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CPU, m) {
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));
   m.impl("clip_gradients_", TORCH_BOX(&clip_gradients_));
+  m.impl("square_partials", TORCH_BOX(&square_partials));
+  m.impl("row_slots", TORCH_BOX(&row_slots));
   m.impl("sum_rows", TORCH_BOX(&sum_rows));
+  m.impl("adam_rows_", TORCH_BOX(&adam_rows_));
   m.impl("adam_step_", TORCH_BOX(&adam_step_));
 }
 

@@ -12,6 +12,7 @@
 // gradient of one tensor may be given as rows (row_gradient.cu): other rows have gradient 0, which is not
 // read.
 #include "cuda/adam.h"
+#include "cuda/common/adam_update.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/tensor_table.cuh"
@@ -23,7 +24,7 @@ namespace bitnet_ext::cuda {
 namespace {
 
 constexpr int kThreads = kWeightThreads;
-constexpr int kVec = 4;  // as abs_partial reads float32
+constexpr int kVec = kAdamVec;  // as abs_partial reads float32
 static_assert(sizeof(AdamTable) + sizeof(AdamSettings) <= 4096, "kernel parameters hold 4 KB");
 
 // The gradient of kVec elements from i on, of a tensor whose gradient is that of some rows. `aligned` says
@@ -75,12 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     return;
   }
-  const float lr = settings.hyper[0];
-  const float weight_decay = settings.hyper[1];
-  const float step_size = lr / settings.hyper[2];
-  const float sqrt_correction = sqrtf(settings.hyper[3]);
-  const float coupled_decay = decay && !settings.decoupled ? weight_decay : 0.0f;
-  const float keep = decay && settings.decoupled ? fmaf(-lr, weight_decay, 1.0f) : 1.0f;
+  const AdamFactors factors = adam_factors(settings, grad_scale, decay);
 
   double sums[kVec] = {};
 #pragma unroll 1  // 2 and 4 are no faster (H200), with more registers
@@ -95,14 +91,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     load_floats(table.exp_avg[t] + i, valid, aligned, m);
     load_floats(table.exp_avg_sq[t] + i, valid, aligned, v);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      const float grad = g[j] * grad_scale + coupled_decay * p[j];
-      m[j] = settings.beta1 * m[j] + settings.one_minus_beta1 * grad;
-      v[j] = settings.beta2 * v[j] + settings.one_minus_beta2 * (grad * grad);
-      const float denominator = sqrtf(v[j]) / sqrt_correction + settings.eps;
-      p[j] = p[j] * keep - step_size * (m[j] / denominator);
-    }
+    adam_update(settings, factors, g, p, m, v);
     store_floats(table.param[t] + i, valid, aligned, p);
     store_floats(table.exp_avg[t] + i, valid, aligned, m);
     store_floats(table.exp_avg_sq[t] + i, valid, aligned, v);

@@ -42,6 +42,7 @@ struct AdamSettings {
   const float* hyper;       // [4]: lr, weight_decay, 1 - beta1^t, 1 - beta2^t, read on the device
   const float* grad_scale;  // []; NaN leaves all tensors as they are
   const int32_t* slots;     // of the tensor with kRows: the row of grad for each row of param, or -1 for none
+  const int32_t* done;      // rows of that tensor with a number >= 0 here are left as they are; may be null
   uint32_t row_width;       // its columns
   double* abs_sums;         // partial sums of the new |param| of ternary tensors, or null
   float beta1, beta2;
@@ -51,6 +52,28 @@ struct AdamSettings {
 };
 
 cudaError_t launch_adam_step(const AdamTable& table,
+                             const AdamSettings& settings,
+                             bool dependent,
+                             cudaStream_t stream);
+
+// The same update of tensors without sums of |param|, by `blocks` blocks (at least 1) that leave room on
+// every multiprocessor for kernels of other streams. Only here is settings.done looked at.
+cudaError_t launch_adam_beside(
+    const AdamTable& table, const AdamSettings& settings, int blocks, bool dependent, cudaStream_t stream);
+
+// Some rows of an embedding [V, H], with its gradient given by rows.
+struct AdamRowsArgs {
+  float* param;          // [V, H], and the moments like it
+  float* exp_avg;        // [V, H]
+  float* exp_avg_sq;     // [V, H]
+  const int64_t* ids;    // [T]: the rows to update
+  const int32_t* place;  // [V]: where an id is first in ids
+  const float* grad;     // [.., H]: AdamSettings::slots says which row of it belongs to a row of param
+  int64_t T, H, V;
+  bool decay;
+  bool aligned;  // all four are multiples of 16 and H of 4
+};
+cudaError_t launch_adam_rows(const AdamRowsArgs& args,
                              const AdamSettings& settings,
                              bool dependent,
                              cudaStream_t stream);

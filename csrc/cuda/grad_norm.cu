@@ -93,8 +93,11 @@ __global__ void __launch_bounds__(kClipThreads)
   wait_for_previous_kernel();
   allow_next_kernel();
   const uint32_t begin = blockIdx.x == 0 ? 0 : table.partials_end[blockIdx.x - 1];
+  const bool known = args.known != nullptr && args.first_tensor + blockIdx.x == args.known_tensor;
   const double own = sum_in_block<kClipThreads>(
-      args.partials + begin, static_cast<int64_t>(table.partials_end[blockIdx.x]) - begin, scratch);
+      known ? args.known : args.partials + begin,
+      known ? args.num_known : static_cast<int64_t>(table.partials_end[blockIdx.x]) - begin,
+      scratch);
   if (threadIdx.x == 0) {
     args.square_sums[args.first_tensor + blockIdx.x] = own;
     __threadfence();  // the sum before the ticket

@@ -52,11 +52,14 @@ struct ClipTable {
 // the first not to be finite (negative: none), a counter that is 0 between launches, the sums of that step.
 struct ClipArgs {
   const double* partials;  // of the table's first tensor
-  double* square_sums;     // [tensors], workspace
-  int64_t first_tensor;    // of the table
-  int64_t tensors;         // of all tables; the last one finishes the clipping
-  const int64_t* step;     // []
-  float max_norm;          // Inf for no clipping
+  const double* known;     // those of tensor `known_tensor`, of which `partials` holds none; else null
+  int64_t known_tensor;
+  int64_t num_known;
+  double* square_sums;   // [tensors], workspace
+  int64_t first_tensor;  // of the table
+  int64_t tensors;       // of all tables; the last one finishes the clipping
+  const int64_t* step;   // []
+  float max_norm;        // Inf for no clipping
   double* latch;
   float* norm;        // []
   float* grad_scale;  // []: min(1, max_norm / (norm + 1e-6)), or NaN once the latch holds a step

@@ -103,10 +103,12 @@ class LaunchContext {
   // Whether a kernel may start before the one ahead of it in the stream has finished (compute capability 9.0
   // and newer; see ptx/dependent_launch.cuh). BITNET_EXT_DEPENDENT_LAUNCH=0 turns it off, read at each call:
   // to time a kernel by itself, or to find out whether an error comes from the overlap.
+  // Nor may it where a captured stream has waited for another one: the kernel then follows several, and a
+  // graph is only told that it may overlap one.
   bool dependent_launch() const {
     const char* setting = std::getenv("BITNET_EXT_DEPENDENT_LAUNCH");
     const bool off = setting != nullptr && setting[0] == '0' && setting[1] == '\0';
-    return !off && compute_capability() >= 90;
+    return !off && compute_capability() >= 90 && !follows_several();
   }
 
   // Throws when a launch failed.
@@ -165,6 +167,19 @@ class LaunchContext {
     if (!t.is_cuda())
       fail(op, "the first tensor must be on a CUDA device like the others; got another device");
     return t.get_device_index();
+  }
+
+  // Whether this stream is being captured and its next kernel has more than one predecessor.
+  bool follows_several() const {
+    if (stream_ == nullptr) return false;  // the legacy stream cannot be captured
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    size_t predecessors = 0;
+#if CUDART_VERSION >= 13000
+    check(cudaStreamGetCaptureInfo(stream_, &status, nullptr, nullptr, nullptr, nullptr, &predecessors));
+#else
+    check(cudaStreamGetCaptureInfo_v3(stream_, &status, nullptr, nullptr, nullptr, nullptr, &predecessors));
+#endif
+    return status == cudaStreamCaptureStatusActive && predecessors > 1;
   }
 
   static int32_t dtype_code(ScalarType dtype) {

@@ -445,9 +445,9 @@ cudaError_t launch_skinny_nt(const SkinnyArgs& args, int num_sms, cudaStream_t s
   return args.H <= 128 ? launch_nt<8>(args, num_sms, stream) : launch_nt<16>(args, num_sms, stream);
 }
 
-cudaError_t launch_skinny_tn(const SkinnyArgs& args, int num_sms, cudaStream_t stream) {
+cudaError_t launch_skinny_tn(const SkinnyArgs& args, int max_blocks, cudaStream_t stream) {
   const int tiles = static_cast<int>(ceil_div(args.V, TnTraits::kTile));
-  const dim3 grid(static_cast<unsigned>(tiles < num_sms ? tiles : num_sms));
+  const dim3 grid(static_cast<unsigned>(tiles < max_blocks ? tiles : max_blocks));
   int first = 0;
   do {
     const cudaError_t status =

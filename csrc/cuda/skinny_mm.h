@@ -39,7 +39,7 @@ inline int skinny_nn_splits(const SkinnyArgs& args, int num_sms) {
 cudaError_t launch_skinny_nt(const SkinnyArgs& args, int num_sms, cudaStream_t stream);
 // out = grad * weight, by num_splits shares of V and their sum
 cudaError_t launch_skinny_nn(const SkinnyArgs& args, cudaStream_t stream);
-// out (+)= grad^T * hidden
-cudaError_t launch_skinny_tn(const SkinnyArgs& args, int num_sms, cudaStream_t stream);
+// out (+)= grad^T * hidden, by at most max_blocks blocks, each of which takes a multiprocessor for itself
+cudaError_t launch_skinny_tn(const SkinnyArgs& args, int max_blocks, cudaStream_t stream);
 
 }  // namespace bitnet_ext::cuda

@@ -24,12 +24,16 @@ struct SquareSums {
   std::vector<int64_t> counts;  // of each tensor
 };
 
-SquareSums square_sums(const LaunchContext& context, const char* arg, const std::vector<Tensor>& tensors) {
+// Of all tensors but number `left_out` (-1: of all).
+SquareSums square_sums(const LaunchContext& context,
+                       const char* arg,
+                       const std::vector<Tensor>& tensors,
+                       int64_t left_out = -1) {
   SquareSums sums;
   int64_t blocks = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     context.check_float_input(item(arg, i).c_str(), tensors[i]);
-    sums.counts.push_back(square_partials(tensors[i].numel()));
+    sums.counts.push_back(static_cast<int64_t>(i) == left_out ? 0 : square_partials(tensors[i].numel()));
     blocks += sums.counts.back();
   }
   sums.partials = context.new_tensor({blocks}, ScalarType::Double);
@@ -54,6 +58,11 @@ SquareSums square_sums(const LaunchContext& context, const char* arg, const std:
   return sums;
 }
 
+Tensor square_partials_of(const Tensor& tensor) {
+  const LaunchContext context("square_partials", tensor);
+  return square_sums(context, "tensor", {tensor}).partials;
+}
+
 Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
   if (tensors.empty()) fail("sum_of_squares", "tensors must hold at least one tensor; got an empty list");
   const LaunchContext context("sum_of_squares", tensors[0]);
@@ -67,7 +76,9 @@ Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
 std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
                                            const Tensor& step,
                                            double max_norm,
-                                           const Tensor& latch) {
+                                           const Tensor& latch,
+                                           const std::optional<Tensor>& known,
+                                           int64_t known_index) {
   const char* op = "clip_gradients_";
   if (grads.empty()) fail(op, "grads must hold at least one tensor; got an empty list");
   const LaunchContext context(op, grads[0]);
@@ -76,12 +87,20 @@ std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
   context.check_input("latch", latch, ScalarType::Double);
   const int64_t count = static_cast<int64_t>(grads.size());
   check_vector(op, "latch", latch, 2 + count);
-  const SquareSums sums = square_sums(context, "grads", grads);
+  check_known(op, grads, known, known_index);
+  const SquareSums sums = square_sums(context, "grads", grads, known_index);
   Tensor of_tensors = context.new_tensor({count}, ScalarType::Double);
   Tensor norm = context.new_tensor({}, ScalarType::Float);
   Tensor grad_scale = context.new_tensor({}, ScalarType::Float);
   ClipArgs args = {};
   args.partials = const_data<double>(sums.partials);
+  if (known.has_value()) {
+    context.check_input("known", *known, ScalarType::Double);
+    args.num_known = square_partials(grads[static_cast<size_t>(known_index)].numel());
+    check_vector(op, "known", *known, args.num_known);
+    args.known = const_data<double>(*known);
+    args.known_tensor = known_index;
+  }
   args.square_sums = data<double>(of_tensors);
   args.tensors = count;
   args.step = const_data<int64_t>(step);
@@ -103,24 +122,35 @@ std::tuple<Tensor, Tensor> clip_gradients_(const std::vector<Tensor>& grads,
   return {norm, grad_scale};
 }
 
-std::tuple<Tensor, Tensor> sum_rows(const Tensor& ids, const Tensor& rows, int64_t V) {
+Tensor row_slots(const Tensor& ids, int64_t V) {
+  const LaunchContext context("row_slots", ids);
+  context.check_input("ids", ids, ScalarType::Long);
+  const RowIds sizes = check_row_ids(context.op(), ids, V);
+  if (sizes.S > 65535) fail(context.op(), "ids must have at most 65535 rows; got ", sizes.S);
+  Tensor slots = context.new_tensor(sizes.slots_shape, ScalarType::Int);
+  context.check(launch_row_slots(
+      const_data<int64_t>(ids), sizes.S, sizes.T, V, data<int32_t>(slots), context.stream()));
+  return slots;
+}
+
+Tensor sum_rows(const Tensor& ids, const Tensor& rows, const Tensor& slots) {
   const LaunchContext context("sum_rows", ids);
   context.check_input("ids", ids, ScalarType::Long);
   context.check_input("rows", rows, ScalarType::Float);
-  check_rows_of_ids(context.op(), ids, rows, V);
+  context.check_input("slots", slots, ScalarType::Int);
+  check_rows_of_ids(context.op(), ids, rows, slots);
   RowGradientArgs args = {};
   args.ids = const_data<int64_t>(ids);
   args.rows = const_data<float>(rows);
+  args.slots = const_data<int32_t>(slots);
   args.T = rows.size(0);
   args.H = rows.size(1);
-  args.V = V;
+  args.V = slots.size(0);
   Tensor sums = context.new_tensor({args.T, args.H}, ScalarType::Float);
-  Tensor slots = context.new_tensor({V}, ScalarType::Int);
   args.sums = data<float>(sums);
-  args.slots = data<int32_t>(slots);
   args.aligned = args.H % 4 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
   context.check(launch_sum_rows(args, context.stream()));
-  return {sums, slots};
+  return sums;
 }
 
 // The pointers of a list that has to match params. `row_param`: whose entry may have fewer rows, or -1.
@@ -142,6 +172,29 @@ std::vector<float*> matching_data(const LaunchContext& context,
   return pointers;
 }
 
+AdamSettings adam_settings(const LaunchContext& context,
+                           const Tensor& hyper,
+                           const Tensor& grad_scale,
+                           double beta1,
+                           double beta2,
+                           double eps,
+                           bool decoupled) {
+  context.check_input("hyper", hyper, ScalarType::Float);
+  check_vector(context.op(), "hyper", hyper, 4);
+  context.check_input("grad_scale", grad_scale, ScalarType::Float);
+  check_numel(context.op(), "grad_scale", grad_scale, 1);
+  AdamSettings settings = {};
+  settings.hyper = const_data<float>(hyper);
+  settings.grad_scale = const_data<float>(grad_scale);
+  settings.beta1 = static_cast<float>(beta1);
+  settings.beta2 = static_cast<float>(beta2);
+  settings.one_minus_beta1 = static_cast<float>(1.0 - beta1);
+  settings.one_minus_beta2 = static_cast<float>(1.0 - beta2);
+  settings.eps = static_cast<float>(eps);
+  settings.decoupled = decoupled;
+  return settings;
+}
+
 void adam_step_(const std::vector<Tensor>& params,
                 const std::vector<Tensor>& grads,
                 const std::vector<Tensor>& exp_avg,
@@ -156,16 +209,15 @@ void adam_step_(const std::vector<Tensor>& params,
                 double beta1,
                 double beta2,
                 double eps,
-                bool decoupled) {
+                bool decoupled,
+                const std::optional<Tensor>& done,
+                int64_t num_blocks) {
   const LaunchContext context("adam_step_", hyper);
   const std::vector<float*> p = matching_data(context, "params", params, params);
   const std::vector<float*> g = matching_data(context, "grads", grads, params, row_param);
   const std::vector<float*> m = matching_data(context, "exp_avg", exp_avg, params);
   const std::vector<float*> v = matching_data(context, "exp_avg_sq", exp_avg_sq, params);
-  context.check_input("hyper", hyper, ScalarType::Float);
-  check_vector(context.op(), "hyper", hyper, 4);
-  context.check_input("grad_scale", grad_scale, ScalarType::Float);
-  check_numel(context.op(), "grad_scale", grad_scale, 1);
+  AdamSettings settings = adam_settings(context, hyper, grad_scale, beta1, beta2, eps, decoupled);
   check_length(context.op(), "decay", decay.size(), params.size());
   check_length(context.op(), "ternary", ternary.size(), params.size());
   int64_t num_sums = 0;
@@ -173,30 +225,30 @@ void adam_step_(const std::vector<Tensor>& params,
     if (ternary[i]) num_sums += absmean_partials(params[i].numel());
   }
 
-  AdamSettings settings = {};
   if (abs_sums.has_value()) {
     context.check_input("abs_sums", *abs_sums, ScalarType::Double);
     settings.abs_sums = data<double>(*abs_sums);
   }
   check_abs_sums(context.op(), abs_sums, num_sums);
   check_row_param(context.op(), params, grads, slots, row_param);
+  check_beside(context.op(), slots, done, num_blocks, num_sums);
+  if (done.has_value()) {
+    context.check_input("done", *done, ScalarType::Int);
+    settings.done = const_data<int32_t>(*done);
+  }
   if (slots.has_value()) {
     context.check_input("slots", *slots, ScalarType::Int);
     settings.slots = const_data<int32_t>(*slots);
     settings.row_width = static_cast<uint32_t>(params[static_cast<size_t>(row_param)].size(1));
   }
-  settings.hyper = const_data<float>(hyper);
-  settings.grad_scale = const_data<float>(grad_scale);
-  settings.beta1 = static_cast<float>(beta1);
-  settings.beta2 = static_cast<float>(beta2);
-  settings.one_minus_beta1 = static_cast<float>(1.0 - beta1);
-  settings.one_minus_beta2 = static_cast<float>(1.0 - beta2);
-  settings.eps = static_cast<float>(eps);
-  settings.decoupled = decoupled;
   AdamTable table = {};
   uint32_t end = 0, sums = 0;
   const auto flush = [&] {
-    context.check(launch_adam_step(table, settings, context.dependent_launch(), context.stream()));
+    const bool dependent = context.dependent_launch();
+    context.check(
+        num_blocks > 0
+            ? launch_adam_beside(table, settings, static_cast<int>(num_blocks), dependent, context.stream())
+            : launch_adam_step(table, settings, dependent, context.stream()));
     table.count = 0;
     end = 0;
   };
@@ -232,12 +284,57 @@ void adam_step_(const std::vector<Tensor>& params,
   flush();
 }
 
+void adam_rows_(const Tensor& param,
+                const Tensor& grad,
+                const Tensor& exp_avg,
+                const Tensor& exp_avg_sq,
+                const Tensor& ids,
+                const Tensor& place,
+                const Tensor& slots,
+                const Tensor& hyper,
+                const Tensor& grad_scale,
+                bool decay,
+                double beta1,
+                double beta2,
+                double eps,
+                bool decoupled) {
+  const LaunchContext context("adam_rows_", hyper);
+  const char* op = context.op();
+  AdamSettings settings = adam_settings(context, hyper, grad_scale, beta1, beta2, eps, decoupled);
+  AdamRowsArgs args = {};
+  args.param = matching_data(context, "param", {param}, {param})[0];
+  args.exp_avg = matching_data(context, "exp_avg", {exp_avg}, {param})[0];
+  args.exp_avg_sq = matching_data(context, "exp_avg_sq", {exp_avg_sq}, {param})[0];
+  context.check_input("grad", grad, ScalarType::Float);
+  context.check_input("ids", ids, ScalarType::Long);
+  context.check_input("place", place, ScalarType::Int);
+  context.check_input("slots", slots, ScalarType::Int);
+  check_row_param(op, {param}, {grad}, slots, 0);
+  check_dim(op, "ids", ids, 1);
+  check_vector(op, "place", place, param.size(0));
+  args.ids = const_data<int64_t>(ids);
+  args.place = const_data<int32_t>(place);
+  args.grad = const_data<float>(grad);
+  args.T = ids.size(0);
+  args.V = param.size(0);
+  args.H = param.size(1);
+  args.decay = decay;
+  const auto bits = reinterpret_cast<uintptr_t>(args.param) | reinterpret_cast<uintptr_t>(args.exp_avg) |
+                    reinterpret_cast<uintptr_t>(args.exp_avg_sq) | reinterpret_cast<uintptr_t>(args.grad);
+  args.aligned = args.H % 4 == 0 && bits % 16 == 0;
+  settings.slots = const_data<int32_t>(slots);
+  context.check(launch_adam_rows(args, settings, context.dependent_launch(), context.stream()));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CUDA, m) {
   m.impl("sum_of_squares", TORCH_BOX(&sum_of_squares));
   m.impl("clip_gradients_", TORCH_BOX(&clip_gradients_));
+  m.impl("square_partials", TORCH_BOX(&square_partials_of));
+  m.impl("row_slots", TORCH_BOX(&row_slots));
   m.impl("sum_rows", TORCH_BOX(&sum_rows));
+  m.impl("adam_rows_", TORCH_BOX(&adam_rows_));
   m.impl("adam_step_", TORCH_BOX(&adam_step_));
 }
 

@@ -105,8 +105,10 @@ void skinny_mm_nn_(const Tensor& out, const Tensor& grad, const Tensor& weight) 
   context.check(launch_skinny_nn(args, context.stream()));
 }
 
-void skinny_mm_tn_(const Tensor& out, const Tensor& grad, const Tensor& hidden, bool accumulate) {
+void skinny_mm_tn_(
+    const Tensor& out, const Tensor& grad, const Tensor& hidden, bool accumulate, int64_t max_blocks) {
   const LaunchContext context("skinny_mm_tn_", out);
+  if (max_blocks < 0) fail(context.op(), "max_blocks must be >= 0; got ", max_blocks);
   check_matrix_input(context, "out", out);
   const int64_t stride = check_grad(context, grad);
   check_matrix_input(context, "hidden", hidden);
@@ -120,7 +122,9 @@ void skinny_mm_tn_(const Tensor& out, const Tensor& grad, const Tensor& hidden, 
   args.grad = const_data<float>(grad);
   args.hidden = const_data<float>(hidden);
   args.out = data<float>(out);
-  context.check(launch_skinny_tn(args, context.num_sms(), context.stream()));
+  const int num_sms = context.num_sms();
+  const int blocks = max_blocks == 0 || max_blocks > num_sms ? num_sms : static_cast<int>(max_blocks);
+  context.check(launch_skinny_tn(args, blocks, context.stream()));
 }
 
 }  // namespace
