@@ -158,7 +158,9 @@ def advance_task(
     # A copy: drawing 28 M random numbers again for every arm of a seed takes half as long as 1,000 steps on a GPU.
     model = copy.deepcopy(_initial_model(task.model, task.arm.quantization, task.seed, device))
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # before another stream may take the original's memory
+        torch.cuda.current_stream(
+            device
+        ).synchronize()  # before another stream may take the original's memory
     corpus = corpus_of(task.data)
     corpus.check_vocab(model.config.vocab_size)
     evaluator = None

@@ -53,7 +53,8 @@ def decay_dominates(terms: DecayTerms) -> Tensor:
     # Rows without a gradient: the decay is alone wherever the weight is not 0. Each row that has one is looked at where
     # its id occurs first.
     ids, values = rival._indices()[0], rival._values()
-    sums, slots = ops.sum_rows(ids, values, weight.shape[0])
+    slots = ops.row_slots(ids[None], weight.shape[0])[0]
+    sums = ops.sum_rows(ids, values, slots)
     first = slots[ids] == torch.arange(len(ids), device=ids.device)
     rows = weight[ids]
     alone = torch.count_nonzero(weight) - (first[:, None] & (rows != 0)).sum()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bitnet_ext import ops
+from bitnet_ext._capture import capture, capture_stream
 from bitnet_ext.models import BitNetForCausalLM
 from bitnet_ext.nn import WeightCache, resident_weights, set_backward, weight_caches
 from bitnet_ext.ops import QuantizedWeight
@@ -275,19 +276,18 @@ class TrainStep:
     def _capture(self) -> None:
         """Captures :meth:`_make`; the warm-up's effects on parameters and moments are undone.
 
-        Warm-up and capture are on two streams that are this run's own: cuBLAS has a workspace a stream, and two
-        graphs captured on torch's common capture stream wrote to the same one when they were replayed side by side.
-        Graphs keep the priorities of the streams, and streams of priorities other than 0 are handed out to nobody
-        else.
+        Warm-up and capture are on two streams that no run beside this one captures on, and whose priorities the graphs
+        keep.
         """
         state = [p.detach() for p in self.optimizer.named.values()] + list(self.optimizer.state().values())
         saved = [value.clone() for value in state]
-        stream = torch.cuda.Stream(self.device, priority=-2)
+        stream = capture_stream(self.device, priority=-2)
         stream.wait_stream(torch.cuda.current_stream(self.device))
+        side = capture_stream(self.device, priority=-1)
         with torch.cuda.stream(stream):
             self._make(1)
             self._step.zero_()
-            self._start_overlap(torch.cuda.Stream(self.device, priority=-1))
+            self._start_overlap(side)
             self._make(1 if self._overlap is None else 2)
             self._step.zero_()
         torch.cuda.current_stream(self.device).wait_stream(stream)
@@ -301,7 +301,7 @@ class TrainStep:
         for steps in (1,) if self._overlap is None else (UNROLLED_STEPS, 1):
             self.optimizer.zero_grad()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with capture(graph, stream, pool):
                 self._make(steps)
             pool = graph.pool()
             self._graphs.append((steps, graph))
