@@ -131,7 +131,8 @@ def _bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     _y, x_i8, act_scale, rstd, total, first_rstd = output
     # The first norm's backward needs its input and gives the second's; without a norm the int8 form is all that is
     # kept.
-    normed = (x if delta is None else total) if normalize else None
+    ctx.has_sum = delta is not None or first_gain is not None
+    normed = (total if ctx.has_sum else x) if normalize else None
     norms = (norm_weight, rstd, first_gain, None if first_gain is None else first_rstd)
     ctx.save_for_backward(normed, *norms, x_i8, act_scale, packed, weight_scale)
     _save_product(ctx, weights, bias, backward)
@@ -203,9 +204,9 @@ def _norm_grads(
 
 def _sum_arguments(ctx: Any, x: Tensor, grad_sum: Tensor | None) -> tuple[Tensor | None, torch.dtype]:
     """The gradient around the norm, and the type that delta's gradient is wanted in."""
-    if ctx.delta_dtype is None:  # what is returned as the sum is an empty tensor then
-        return None, x.dtype
-    return None if grad_sum is None else grad_sum.contiguous(), ctx.delta_dtype
+    if grad_sum is None or not ctx.has_sum:  # without a sum an empty tensor is returned for it
+        return None, ctx.delta_dtype or x.dtype
+    return grad_sum.contiguous(), ctx.delta_dtype or x.dtype
 
 
 def _delta_of(ctx: Any, grad_x: Tensor, grad_delta: Tensor) -> Tensor | None:
@@ -217,9 +218,9 @@ def _delta_of(ctx: Any, grad_x: Tensor, grad_delta: Tensor) -> Tensor | None:
 
 def _around_norm(ctx: Any, grad_sum: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and delta where only their sum was used."""
-    if grad_sum is None or ctx.delta_dtype is None:
+    if grad_sum is None or not ctx.has_sum:
         return None, None
-    return grad_sum, grad_sum.to(ctx.delta_dtype)
+    return grad_sum, None if ctx.delta_dtype is None else grad_sum.to(ctx.delta_dtype)
 
 
 def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -227,6 +228,7 @@ def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     _y, total, rstd = output
     ctx.save_for_backward(x if delta is None else total, gain, rstd)
     ctx.set_materialize_grads(False)
+    ctx.has_sum = delta is not None
     ctx.delta_dtype = None if delta is None else delta.dtype
 
 

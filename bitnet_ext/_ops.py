@@ -171,7 +171,7 @@ def _bit_linear(
     backward: str,
 ) -> tuple[Tensor, ...]:
     N = sum(w.shape[0] for w in weights)
-    total = x.new_empty((0,) if delta is None else x.shape)
+    total = x.new_empty((0,) if delta is None and first_norm_weight is None else x.shape)
     first_rstd = x.new_empty((0,) if first_norm_weight is None else x.shape[:-1], dtype=torch.float32)
     return (*_product(x, x.shape[-1], N, normalize, out_dtype), total, first_rstd)
 

@@ -49,7 +49,8 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   // `weights` [N_i, K] are stacked along N; `packed` and `weight_scale` [S] are their codes as of
   // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact",
   // "int8") names the gradients, which are those of _autograd.py. first_norm_weight: gain of a norm in front
-  // of the other, rounded to x's type; on CUDA for the rows of csrc/cuda/norm_pair.h.
+  // of the other, rounded to x's type; on CUDA for the rows of csrc/cuda/norm_pair.h. With it sum is x where
+  // there is no delta, so that its gradient is added in the norms' backward.
   m.def(
       "bit_linear(Tensor x, Tensor? delta, Tensor[] weights, Tensor packed, Tensor weight_scale, "
       "Tensor? bias, Tensor? norm_weight, float norm_eps, bool normalize, Tensor? first_norm_weight, "

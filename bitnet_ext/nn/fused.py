@@ -58,30 +58,18 @@ def norm_linear(
         bias, codes, mode = _stacked_bias(training), None, training[0].backward_mode
         if ops.can_stack(weights):
             codes = cache.get(weights)
-        if delta is None:
-            y = ops.bit_linear(
-                x,
-                weights,
-                bias=bias,
-                norm_weight=gain,
-                norm_eps=eps,
-                first_norm=first_norm,
-                backward=mode,
-                quantized=codes,
-            )
-        else:
-            y, total = ops.add_bit_linear(
-                x,
-                delta,
-                weights,
-                bias=bias,
-                norm_weight=gain,
-                norm_eps=eps,
-                first_norm=first_norm,
-                backward=mode,
-                quantized=codes,
-            )
-        return [y], total
+        y, summed = ops.add_bit_linear(
+            x,
+            delta,
+            weights,
+            bias=bias,
+            norm_weight=gain,
+            norm_eps=eps,
+            first_norm=first_norm,
+            backward=mode,
+            quantized=codes,
+        )
+        return [y], total if first else summed
 
     packed = [m for m in layers if isinstance(m, PackedBitLinear) and m.norm_weight is None]
     if len(packed) == len(layers):

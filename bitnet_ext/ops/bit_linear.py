@@ -70,7 +70,7 @@ def bit_linear(
 
 def add_bit_linear(
     x: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     weight: Tensor | Sequence[Tensor],
     *,
     bias: Tensor | None = None,
@@ -89,7 +89,8 @@ def add_bit_linear(
 
     Args:
         x: [..., K] float32, bfloat16 or float16.
-        delta: of x's shape and dtype, or bfloat16 or float16 where x is float32.
+        delta: of x's shape and dtype, or bfloat16 or float16 where x is float32. None: the sum is x, whose gradients
+            by both ways are still added in the pass of the norms where `first_norm` is given.
         weight, bias, norm_weight, norm_eps, first_norm, out_dtype, backward, quantized: as for :func:`bit_linear`.
 
     Returns:
@@ -97,7 +98,8 @@ def add_bit_linear(
         norm_weight and first_norm's gain, from both results.
     """
     op = "add_bit_linear"
-    check_delta(op, x, delta)
+    if delta is not None:
+        check_delta(op, x, delta)
     out_dtype = result_dtype(op, out_dtype, x)
     norms = (norm_weight, norm_eps, first_norm)
     return _bit_linear(op, x, delta, weight, bias, norms, out_dtype, backward, quantized)
@@ -114,7 +116,7 @@ def _bit_linear(
     backward: Backward,
     quantized: QuantizedWeight | None,
 ) -> tuple[Tensor, Tensor]:
-    """y and, with delta, the sum. `norms`: norm_weight, norm_eps and first_norm."""
+    """y and the sum. `norms`: norm_weight, norm_eps and first_norm."""
     norm_weight, norm_eps, first_norm = norms
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     _checks.tensor(op, "x", x, dtypes=_checks.FLOATS, min_dim=1)
@@ -140,7 +142,7 @@ def _bit_linear(
             )
             norms = (norm_weight, norm_eps, None)
             y, _ = _bit_linear(op, normed, None, weight, bias, norms, out_dtype, backward, quantized)
-            return y, total
+            return y, x if delta is None else total
     if quantized is None and not can_stack(weights):
         sizes = [w.shape[0] for w in weights]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
@@ -167,7 +169,7 @@ def _bit_linear(
         out_dtype,
         backward,
     )
-    return result[0], result[4]
+    return result[0], x if delta is None and first_norm is None else result[4]
 
 
 def fits_norm_pair(x: Tensor) -> bool:
@@ -283,7 +285,7 @@ def bit_linear_ref(
 
 def add_bit_linear_ref(
     x: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     weight: Tensor | Sequence[Tensor],
     *,
     bias: Tensor | None = None,
@@ -292,6 +294,6 @@ def add_bit_linear_ref(
     first_norm: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`add_bit_linear` in plain PyTorch, y in float32."""
-    total = (x + delta).to(x.dtype)
+    total = x if delta is None else (x + delta).to(x.dtype)
     norms = {"norm_weight": norm_weight, "norm_eps": norm_eps, "first_norm": first_norm}
     return bit_linear_ref(total, weight, bias=bias, **norms), total  # type: ignore[arg-type]

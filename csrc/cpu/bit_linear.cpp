@@ -1,6 +1,7 @@
 // The training forward of ternary linear layers that share an input.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <string>
 
 #include "cpu/fused_rows.h"
@@ -28,8 +29,8 @@ Tensor sum_of(const Tensor& x, const Tensor& delta) {
   return sum;
 }
 
-// (y, x_i8, act_scale, rstd, sum, first_rstd); sum is an empty [0] tensor without delta, first_rstd without
-// the first norm.
+// (y, x_i8, act_scale, rstd, sum, first_rstd). Without the first norm first_rstd is an empty [0] tensor, and
+// without delta too so is sum.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(
     const Tensor& x,
     const std::optional<Tensor>& delta,
@@ -58,6 +59,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(
   if (first_norm_weight) {
     std::tie(normed, sum, first_rstd) =
         normalize_rows(op, x, delta, "first_norm_weight", first_norm_weight, first_norm_eps);
+    if (!delta) {
+      sum = new_tensor(shape_of(x), x.scalar_type());
+      std::memcpy(sum.mutable_data_ptr(),
+                  x.const_data_ptr(),
+                  static_cast<size_t>(x.numel()) * static_cast<size_t>(x.element_size()));
+    }
   } else {
     sum = delta ? sum_of(x, *delta) : new_tensor({0}, x.scalar_type());
     normed = delta ? sum : x;

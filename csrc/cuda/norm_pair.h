@@ -21,7 +21,7 @@ constexpr int64_t kMaxNormPairK = 512, kMaxNormPairM = 512;
 struct NormPairArgs {
   TypedRows x;      // [M, K], K a multiple of 8; all rows and gains begin at multiples of 16 bytes
   TypedRows delta;  // [M, K], or absent
-  TypedRows sum;    // [M, K] of x's type; with delta
+  TypedRows sum;    // [M, K] of x's type: s
   const float* first_gain;
   const float* gain;  // [K] both
   double first_eps, eps;

@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) v[s][i] = __fadd_rn(v[s][i], d[i]);
       round_to(args.x.dtype, v[s]);
-      store_chunk<true>(args.sum, row, k, K, v[s]);
     }
+    store_chunk<true>(args.sum, row, k, K, v[s]);
     add_squares<false>(v[s], even, odd);
   }
   const double total = warp_sum(even + odd);

@@ -13,8 +13,8 @@
 namespace bitnet_ext::cuda {
 namespace {
 
-// (y, x_i8, act_scale, rstd, sum, first_rstd); sum is an empty [0] tensor without delta, first_rstd without
-// the first norm.
+// (y, x_i8, act_scale, rstd, sum, first_rstd). Without the first norm first_rstd is an empty [0] tensor, and
+// without delta too so is sum.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(
     const Tensor& x,
     const std::optional<Tensor>& delta,
@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bit_linear(
   check_backward(context.op(), backward);
   check_delta(context.op(), x, delta, normalize);
   if (delta.has_value()) context.check_float_input("delta", *delta);
-  Tensor sum = context.new_tensor(delta.has_value() ? shape_of(x) : std::vector<int64_t>{0}, x.scalar_type());
+  const bool has_sum = delta.has_value() || first_norm_weight.has_value();
+  Tensor sum = context.new_tensor(has_sum ? shape_of(x) : std::vector<int64_t>{0}, x.scalar_type());
   Tensor x_i8, act_scale, rstd, first_rstd;
   if (first_norm_weight.has_value()) {
     std::tie(x_i8, act_scale, rstd, first_rstd) =

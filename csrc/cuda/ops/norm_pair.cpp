@@ -137,10 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_norm_pair(const LaunchContex
   Tensor first_rstd = context.new_tensor(rows.leading, ScalarType::Float);
   NormPairArgs args = {};
   args.x = typed_rows(x_in, rows.K);
-  if (delta_in.has_value()) {
-    args.delta = typed_rows(*delta_in, rows.K);
-    args.sum = typed_rows(sum, rows.K);
-  }
+  if (delta_in.has_value()) args.delta = typed_rows(*delta_in, rows.K);
+  args.sum = typed_rows(sum, rows.K);
   args.first_gain = gain_of(context, "first_norm_weight", first_gain_in, rows.K);
   args.gain = gain_of(context, "norm_weight", gain_in, rows.K);
   args.first_eps = first_eps;

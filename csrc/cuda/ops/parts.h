@@ -27,6 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const LaunchContext& context,
                                                  const Tensor* sum = nullptr);
 
 // (x_i8, act_scale, rstd, first_rstd): the rows of quantize_rows with another norm in front, in one launch.
+// `sum` is written without delta too.
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_norm_pair(const LaunchContext& context,
                                                               const Tensor& x,
                                                               const Tensor& first_gain,
