@@ -26,12 +26,28 @@ __device__ __forceinline__ void signal(uint32_t* flag, float mean) {
   const uint32_t word = ~__float_as_uint(mean);
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(word == 0 ? 1u : word) : "memory");
 }
-__device__ __forceinline__ float wait_for_mean(const uint32_t* flag) {
-  uint32_t word = 0;
+
+// The means of the rows first, first + step, .. below M, asked for together.
+template <int kUnder>
+__device__ __forceinline__ void wait_for_means(
+    const uint32_t* flags, int64_t first, int step, int64_t M, float (&means)[kUnder]) {
+  bool all;
   do {
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(flag) : "memory");
-  } while (word == 0);
-  return __uint_as_float(~word);
+    all = true;
+    uint32_t words[kUnder];
+#pragma unroll
+    for (int i = 0; i < kUnder; ++i) {
+      const int64_t row = first + i * step;
+      words[i] = 1;
+      if (row >= M) continue;
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(words[i]) : "l"(flags + row) : "memory");
+    }
+#pragma unroll
+    for (int i = 0; i < kUnder; ++i) {
+      all &= words[i] != 0;
+      means[i] = __uint_as_float(~words[i]);
+    }
+  } while (!all);
 }
 
 // y of the forward.
@@ -167,13 +183,13 @@ __device__ __forceinline__ void norm_pair_columns(const NormPairBackwardArgs& ar
         for (int j = 0; j < kChunk; ++j) sum[j] = add_gain_term(sum[j], grad[i][j], y[i][j], rstd[i]);
         scale(grad[i], gains);
       }
+      float means[kUnder];
+      wait_for_means(flags, first, kLanes, args.M, means);
 #pragma unroll
       for (int i = 0; i < kUnder; ++i) {
-        const int64_t row = first + i * kLanes;
-        if (row >= args.M) continue;
-        const float mean = wait_for_mean(flags + row);
+        if (first + i * kLanes >= args.M) continue;
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j) grad[i][j] = norm_gradient(grad[i][j], y[i][j], rstd[i], mean);
+        for (int j = 0; j < kChunk; ++j) grad[i][j] = norm_gradient(grad[i][j], y[i][j], rstd[i], means[i]);
         round_to(args.x.dtype, grad[i]);
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) {

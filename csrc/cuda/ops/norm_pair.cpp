@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -101,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pair_backward(const Tensor& grad
   args.K = rows.K;
   args.grad_first_gain = data<float>(grad_first_gain);
   args.grad_gain = data<float>(grad_gain);
-  const int64_t flags = norm_pair_column_blocks(rows.K) * rows.M;
+  const int64_t flags = norm_pair_column_blocks(rows.K) * std::max<int64_t>(rows.M, 1);
   args.flags = flag_slots().slot(context.op(), context.device(), context.stream(), flags);
   std::optional<Tensor> own_flags;
   if (args.flags == nullptr) {  // no slot is left for this capture: a node that zeroes some is captured too
