@@ -125,11 +125,16 @@ def _product_grads(
 
 
 def _bit_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, delta, weights, packed, weight_scale, bias, norm_weight, _eps, normalize, _out_dtype, backward = inputs
-    _y, x_i8, act_scale, rstd, total = output
-    # The norm's backward needs its input; without a norm the int8 form is all that is kept.
-    normed = (x if delta is None else total) if normalize else None
-    ctx.save_for_backward(normed, norm_weight, x_i8, act_scale, rstd, packed, weight_scale)
+    x, delta, weights, packed, weight_scale, bias, norm_weight, _, normalize, first_gain, _, _, backward = (
+        inputs
+    )
+    _y, x_i8, act_scale, rstd, total, first_rstd = output
+    # The first norm's backward needs its input and gives the second's; without a norm the int8 form is all that is
+    # kept.
+    ctx.has_sum = delta is not None or first_gain is not None
+    normed = (total if ctx.has_sum else x) if normalize else None
+    norms = (norm_weight, rstd, first_gain, None if first_gain is None else first_rstd)
+    ctx.save_for_backward(normed, *norms, x_i8, act_scale, packed, weight_scale)
     _save_product(ctx, weights, bias, backward)
     ctx.normalize = normalize
     ctx.x_dtype = x.dtype
@@ -143,26 +148,45 @@ def _bit_linear_backward(
     _act_scale: None,
     _rstd: None,
     grad_sum: Tensor | None,
+    _first_rstd: None,
 ) -> tuple[Any, ...]:
     no_weights: list[Tensor | None] = [None] * len(ctx.segments)
     if grad_y is None:
         grad_x, grad_delta = _around_norm(ctx, grad_sum)
-        return (grad_x, grad_delta, no_weights, *(None,) * 8)
-    x, norm_weight, x_i8, act_scale, rstd, packed, weight_scale = ctx.saved_tensors
-    need_x, need_delta, need_weights, need_bias, need_gain = (
-        ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)
-    )
-    need_input = need_x or need_delta or need_gain
+        return (grad_x, grad_delta, no_weights, *(None,) * 10)
+    x, norm_weight, rstd, first_gain, first_rstd, x_i8, act_scale, packed, weight_scale = ctx.saved_tensors
+    need_weights, need_bias = (ctx.needs_input_grad[i] for i in (2, 5))
+    need_input = any(ctx.needs_input_grad[i] for i in (0, 1, 6, 9))  # x, delta and the gains
     grad_x, grad_weights, grad_bias = _product_grads(
         ctx, grad_y, x_i8, act_scale, packed, weight_scale, need_input, need_weights, need_bias
     )
-    grad_delta = grad_gain = None
+    grad_delta = grad_gain = grad_first = None
     if grad_x is not None:
-        if ctx.normalize:
+        if first_gain is not None:
+            grad_x, grad_delta, grad_first, grad_gain = _ops.norm_pair_backward(
+                grad_x.contiguous(),
+                *(x, first_gain, first_rstd, norm_weight, rstd),
+                *_sum_arguments(ctx, x, grad_sum),
+            )
+            grad_delta = _delta_of(ctx, grad_x, grad_delta)
+        elif ctx.normalize:
             grad_x, grad_delta, grad_gain = _norm_grads(ctx, grad_x, x, norm_weight, rstd, grad_sum)
         else:
             grad_x = grad_x.to(ctx.x_dtype)
-    return grad_x, grad_delta, grad_weights, None, None, grad_bias, grad_gain, None, None, None, None
+    no_more = (None, None, None)
+    return (
+        grad_x,
+        grad_delta,
+        grad_weights,
+        None,
+        None,
+        grad_bias,
+        grad_gain,
+        None,
+        None,
+        grad_first,
+        *no_more,
+    )
 
 
 # --- the norm ------------------------------------------------------------------------------------------------
@@ -172,23 +196,31 @@ def _norm_grads(
     ctx: Any, grad_y: Tensor, x: Tensor, gain: Tensor | None, rstd: Tensor, grad_sum: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, of what was added to it in front of the norm, and of the gain."""
-    delta_dtype = x.dtype if ctx.delta_dtype is None else ctx.delta_dtype
-    grad_sum = None if grad_sum is None else grad_sum.contiguous()
     grad_x, grad_delta, grad_gain = _ops.rms_norm_backward(
-        grad_y.contiguous(), x, gain, rstd, grad_sum, delta_dtype
+        grad_y.contiguous(), x, gain, rstd, *_sum_arguments(ctx, x, grad_sum)
     )
+    return grad_x, _delta_of(ctx, grad_x, grad_delta), None if gain is None else grad_gain
+
+
+def _sum_arguments(ctx: Any, x: Tensor, grad_sum: Tensor | None) -> tuple[Tensor | None, torch.dtype]:
+    """The gradient around the norm, and the type that delta's gradient is wanted in."""
+    if grad_sum is None or not ctx.has_sum:  # without a sum an empty tensor is returned for it
+        return None, ctx.delta_dtype or x.dtype
+    return grad_sum.contiguous(), ctx.delta_dtype or x.dtype
+
+
+def _delta_of(ctx: Any, grad_x: Tensor, grad_delta: Tensor) -> Tensor | None:
+    """The gradient of delta, which the operators leave empty where it is that of x."""
     if ctx.delta_dtype is None:
-        grad_delta = None
-    elif delta_dtype == x.dtype:
-        grad_delta = grad_x
-    return grad_x, grad_delta, None if gain is None else grad_gain
+        return None
+    return grad_x if ctx.delta_dtype == grad_x.dtype else grad_delta
 
 
 def _around_norm(ctx: Any, grad_sum: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and delta where only their sum was used."""
-    if grad_sum is None or ctx.delta_dtype is None:
+    if grad_sum is None or not ctx.has_sum:
         return None, None
-    return grad_sum, grad_sum.to(ctx.delta_dtype)
+    return grad_sum, None if ctx.delta_dtype is None else grad_sum.to(ctx.delta_dtype)
 
 
 def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -196,6 +228,7 @@ def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     _y, total, rstd = output
     ctx.save_for_backward(x if delta is None else total, gain, rstd)
     ctx.set_materialize_grads(False)
+    ctx.has_sum = delta is not None
     ctx.delta_dtype = None if delta is None else delta.dtype
 
 

@@ -165,12 +165,15 @@ def _bit_linear(
     norm_weight: Tensor | None,
     norm_eps: float,
     normalize: bool,
+    first_norm_weight: Tensor | None,
+    first_norm_eps: float,
     out_dtype: torch.dtype,
     backward: str,
 ) -> tuple[Tensor, ...]:
     N = sum(w.shape[0] for w in weights)
-    total = x.new_empty((0,) if delta is None else x.shape)
-    return (*_product(x, x.shape[-1], N, normalize, out_dtype), total)
+    total = x.new_empty((0,) if delta is None and first_norm_weight is None else x.shape)
+    first_rstd = x.new_empty((0,) if first_norm_weight is None else x.shape[:-1], dtype=torch.float32)
+    return (*_product(x, x.shape[-1], N, normalize, out_dtype), total, first_rstd)
 
 
 def _glu_bit_linear(
@@ -215,6 +218,20 @@ def _rms_norm_backward(
     grad_gain = x.new_empty((0,) if gain is None else (x.shape[-1],), dtype=torch.float32)
     grad_delta = x.new_empty((0,) if delta_dtype == x.dtype else x.shape, dtype=delta_dtype)
     return x.new_empty(x.shape), grad_delta, grad_gain
+
+
+def _norm_pair_backward(
+    grad_z: Tensor,
+    x: Tensor,
+    first_gain: Tensor,
+    first_rstd: Tensor,
+    gain: Tensor,
+    rstd: Tensor,
+    grad_residual: Tensor | None,
+    delta_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_delta = x.new_empty((0,) if delta_dtype == x.dtype else x.shape, dtype=delta_dtype)
+    return x.new_empty(x.shape), grad_delta, first_gain.new_empty(gain.shape), gain.new_empty(gain.shape)
 
 
 def _bit_linear_grad(
@@ -475,6 +492,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "glu_backward": _glu_backward,
     "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
+    "norm_pair_backward": _norm_pair_backward,
     "bit_linear_grad": _bit_linear_grad,
     "sum_of_squares": _sum_of_squares,
     "clip_gradients_": _clip_gradients_,

@@ -208,6 +208,15 @@ inline void check_delta(const char* op, const Tensor& x, const std::optional<Ten
   }
 }
 
+// The norm in front of another one.
+inline void check_first_norm(const char* op,
+                             const std::optional<Tensor>& first_norm_weight,
+                             const std::optional<Tensor>& norm_weight) {
+  if (first_norm_weight.has_value() && !norm_weight.has_value()) {
+    fail(op, "first_norm_weight needs norm_weight; got None");
+  }
+}
+
 inline void check_backward(const char* op, const std::string& backward) {
   if (backward != "exact" && backward != "int8") {
     fail(op, "backward must be exact or int8; got '", backward, "'");

@@ -48,12 +48,14 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "Tensor? bias, int[] segments, ScalarType out_dtype, bool weight_is_constant) -> Tensor");
   // `weights` [N_i, K] are stacked along N; `packed` and `weight_scale` [S] are their codes as of
   // quantize_weights: the canonical form on the CPU and the prepacked one on CUDA. `backward` ("exact",
-  // "int8") names the gradients, which are those of _autograd.py.
+  // "int8") names the gradients, which are those of _autograd.py. first_norm_weight: gain of a norm in front
+  // of the other, rounded to x's type; on CUDA for the rows of csrc/cuda/norm_pair.h. With it sum is x where
+  // there is no delta, so that its gradient is added in the norms' backward.
   m.def(
-      "bit_linear(Tensor x, Tensor? delta, Tensor[] weights, Tensor packed, Tensor weight_scale, Tensor? "
-      "bias, "
-      "Tensor? norm_weight, float norm_eps, bool normalize, ScalarType out_dtype, str backward) -> "
-      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor sum)");
+      "bit_linear(Tensor x, Tensor? delta, Tensor[] weights, Tensor packed, Tensor weight_scale, "
+      "Tensor? bias, Tensor? norm_weight, float norm_eps, bool normalize, Tensor? first_norm_weight, "
+      "float first_norm_eps, ScalarType out_dtype, str backward) -> "
+      "(Tensor y, Tensor x_i8, Tensor act_scale, Tensor rstd, Tensor sum, Tensor first_rstd)");
   // act(gate) * up of gate_up [.., 2 K], an RMS norm of it, int8 activations and the product.
   m.def(
       "glu_bit_linear(Tensor gate_up, Tensor weight, Tensor packed, Tensor weight_scale, Tensor? bias, "
@@ -67,6 +69,11 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def(
       "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? gain, Tensor rstd, Tensor? grad_residual, "
       "ScalarType delta_dtype) -> (Tensor grad_x, Tensor grad_delta, Tensor grad_gain)");
+  // Of two norms one behind the other, grad_z that of the last; x, first_gain and first_rstd of the first.
+  m.def(
+      "norm_pair_backward(Tensor grad_z, Tensor x, Tensor first_gain, Tensor first_rstd, Tensor gain, "
+      "Tensor rstd, Tensor? grad_residual, ScalarType delta_dtype) -> "
+      "(Tensor grad_x, Tensor grad_delta, Tensor grad_first_gain, Tensor grad_gain)");
   // The exact gradients of bit_linear's product for few tokens, on CUDA; [0] tensors for what is not needed.
   m.def(
       "bit_linear_grad(Tensor grad_y, Tensor x_i8, Tensor act_scale, Tensor prepacked, Tensor weight_scale, "

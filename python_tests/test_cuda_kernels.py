@@ -103,7 +103,8 @@ def bit_linear(
 ) -> tuple[Tensor, ...]:
     """(y, x_i8, act_scale, rstd, packed, weight_scale)"""
     codes = raw.quantize_weights([w])
-    return (*raw.bit_linear(x, None, [w], *codes, bias, gain, 1e-5, normalize, dtype, "exact")[:4], *codes)
+    norms = (gain, 1e-5, normalize, None, 0.0)
+    return (*raw.bit_linear(x, None, [w], *codes, bias, *norms, dtype, "exact")[:4], *codes)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -554,7 +555,7 @@ def test_errors_name_operator_and_argument() -> None:
     codes = raw.quantize_weights([w])
 
     def bit_linear(x: Tensor, weight: Tensor) -> None:
-        raw.bit_linear(x, None, [weight], *codes, None, None, 1e-5, True, torch.float32, "exact")
+        raw.bit_linear(x, None, [weight], *codes, None, None, 1e-5, True, None, 0.0, torch.float32, "exact")
 
     cases = [
         (lambda: raw.quantize_act_int8(x.t()), r"bitnet_ext.quantize_act_int8: x must be contiguous"),

@@ -74,6 +74,8 @@ RULES = [
     Rule("pack", r"dequantize_\w+_kernel<float>", (STORE_16,)),
     Rule("rms_norm", r"rms_norm_kernel<.*ChunkShape<\d+, \d, true,", (LOAD_16, STORE_16)),
     Rule("rms_norm_backward", r"norm_backward_kernel<.*ChunkShape<\d+, \d, true,", (LOAD_16, STORE_16)),
+    Rule("norm_pair_quantize", r"norm_pair_quantize_kernel<", (LOAD_16, STORE_16)),
+    Rule("norm_pair_backward", r"norm_pair_backward_kernel<", (LOAD_16, STORE_16)),
     Rule("glu_backward", r"norm_backward_kernel<.*ChunkShape<\d+, \d, true,", (LOAD_16, STORE_16)),
     Rule("adam", r"adam_step_kernel", (LOAD_16, STORE_16)),
     Rule("adam_beside", r"adam_beside_kernel<true>", (r"\bLDG\.E\.EF\.128", r"\bSTG\.E\.EF\.128")),

@@ -30,8 +30,8 @@ def norm_linear(
 ) -> tuple[list[Tensor], Tensor]:
     """``sum = x + delta``, the norms of it one behind the other, and each of `layers` on the result.
 
-    Ternary layers in training form are one product of their stacked weights, whose input is normalised and quantised
-    once; packed ones read an input that is quantised once.
+    Ternary layers in training form are one product of their stacked weights, whose input is normalised, also twice, and
+    quantised once in one operator; packed ones read an input that is quantised once.
 
     Args:
         x, delta: [..., K], the residual stream and what the block before adds to it, or None.
@@ -44,34 +44,32 @@ def norm_linear(
         else of one for each (see :func:`side_by_side` and :func:`apart`); and the sum.
     """
     *first, last = norms
-    total = x
+    training = [m for m in layers if isinstance(m, BitLinear) and m.is_quantized and m.norm_weight is None]
+    total, first_norm = x, None
+    if len(first) == 1 and len(training) == len(layers):
+        first_norm = (first.pop().weight.float(), norms[0].eps)
     for norm in first:
         x, total = norm.add(x, delta) if delta is not None else (norm(x), total)
         delta = None
     gain, eps = last.weight.float(), last.eps
 
-    training = [m for m in layers if isinstance(m, BitLinear) and m.is_quantized and m.norm_weight is None]
     if len(training) == len(layers):
         weights = [m.weight for m in training]
         bias, codes, mode = _stacked_bias(training), None, training[0].backward_mode
         if ops.can_stack(weights):
             codes = cache.get(weights)
-        if delta is None:
-            y = ops.bit_linear(
-                x, weights, bias=bias, norm_weight=gain, norm_eps=eps, backward=mode, quantized=codes
-            )
-        else:
-            y, total = ops.add_bit_linear(
-                x,
-                delta,
-                weights,
-                bias=bias,
-                norm_weight=gain,
-                norm_eps=eps,
-                backward=mode,
-                quantized=codes,
-            )
-        return [y], total
+        y, summed = ops.add_bit_linear(
+            x,
+            delta,
+            weights,
+            bias=bias,
+            norm_weight=gain,
+            norm_eps=eps,
+            first_norm=first_norm,
+            backward=mode,
+            quantized=codes,
+        )
+        return [y], total if first else summed
 
     packed = [m for m in layers if isinstance(m, PackedBitLinear) and m.norm_weight is None]
     if len(packed) == len(layers):

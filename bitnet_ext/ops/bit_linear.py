@@ -19,7 +19,7 @@ from bitnet_ext.ops.matmul import int8xint2_mm_ref
 from bitnet_ext.ops.packing import pack_ternary_ref
 from bitnet_ext.ops.quantize import quantize_act_int8_ref, quantize_weight_ternary_ref
 from bitnet_ext.ops.quantize_groups import QuantizedWeight, can_stack, quantize_weights
-from bitnet_ext.ops.rms_norm import check_delta, check_gain
+from bitnet_ext.ops.rms_norm import check_delta, check_gain, rms_norm_ref
 
 _ops = torch.ops.bitnet_ext
 
@@ -34,6 +34,7 @@ def bit_linear(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
+    first_norm: tuple[Tensor, float] | None = None,
     out_dtype: torch.dtype | None = None,
     backward: Backward = "exact",
     quantized: QuantizedWeight | None = None,
@@ -49,6 +50,9 @@ def bit_linear(
         bias: float32 [N] or None.
         norm_weight: float32 [K], gain of an RMSNorm before the quantiser; needs `norm_eps`.
         norm_eps: epsilon of that norm; None for no norm. With `norm_eps` alone the norm has no gain.
+        first_norm: gain float32 [K] and epsilon of an RMSNorm in front of that one, which then needs a gain too; its
+            result is rounded to x's dtype, as :func:`rms_norm` rounds it. Both are one pass, and one in the backward,
+            on CUDA for up to 512 rows of K <= 512, a multiple of 8.
         out_dtype: of the result; by default the autocast dtype where autocast is on, else x's.
         backward: "exact" computes both products of the backward pass in the dtype of the result, "int8" from a
             gradient in 8 bits with stochastic rounding: see :func:`bitnet_ext.ops.int8_grads`.
@@ -56,22 +60,23 @@ def bit_linear(
             weights stay what they are; None quantises here.
 
     Returns:
-        [..., N] of `out_dtype`. Gradients reach x, weight, bias and norm_weight.
+        [..., N] of `out_dtype`. Gradients reach x, weight, bias, norm_weight and first_norm's gain.
     """
-    out_dtype = result_dtype("bit_linear", out_dtype, x)
-    return _bit_linear(
-        "bit_linear", x, None, weight, bias, norm_weight, norm_eps, out_dtype, backward, quantized
-    )[0]
+    op = "bit_linear"
+    out_dtype = result_dtype(op, out_dtype, x)
+    norms = (norm_weight, norm_eps, first_norm)
+    return _bit_linear(op, x, None, weight, bias, norms, out_dtype, backward, quantized)[0]
 
 
 def add_bit_linear(
     x: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     weight: Tensor | Sequence[Tensor],
     *,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
+    first_norm: tuple[Tensor, float] | None = None,
     out_dtype: torch.dtype | None = None,
     backward: Backward = "exact",
     quantized: QuantizedWeight | None = None,
@@ -84,17 +89,20 @@ def add_bit_linear(
 
     Args:
         x: [..., K] float32, bfloat16 or float16.
-        delta: of x's shape and dtype, or bfloat16 or float16 where x is float32.
-        weight, bias, norm_weight, norm_eps, out_dtype, backward, quantized: as for :func:`bit_linear`.
+        delta: of x's shape and dtype, or bfloat16 or float16 where x is float32. None: the sum is x, whose gradients
+            by both ways are still added in the pass of the norms where `first_norm` is given.
+        weight, bias, norm_weight, norm_eps, first_norm, out_dtype, backward, quantized: as for :func:`bit_linear`.
 
     Returns:
-        y [..., N] of `out_dtype`, and sum of x's shape and dtype. Gradients reach x, delta, weight, bias and
-        norm_weight, from both results.
+        y [..., N] of `out_dtype`, and sum of x's shape and dtype. Gradients reach x, delta, weight, bias,
+        norm_weight and first_norm's gain, from both results.
     """
     op = "add_bit_linear"
-    check_delta(op, x, delta)
+    if delta is not None:
+        check_delta(op, x, delta)
     out_dtype = result_dtype(op, out_dtype, x)
-    return _bit_linear(op, x, delta, weight, bias, norm_weight, norm_eps, out_dtype, backward, quantized)
+    norms = (norm_weight, norm_eps, first_norm)
+    return _bit_linear(op, x, delta, weight, bias, norms, out_dtype, backward, quantized)
 
 
 def _bit_linear(
@@ -103,13 +111,13 @@ def _bit_linear(
     delta: Tensor | None,
     weight: Tensor | Sequence[Tensor],
     bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float | None,
+    norms: tuple[Tensor | None, float | None, tuple[Tensor, float] | None],
     out_dtype: torch.dtype,
     backward: Backward,
     quantized: QuantizedWeight | None,
 ) -> tuple[Tensor, Tensor]:
-    """y and, with delta, the sum."""
+    """y and the sum. `norms`: norm_weight, norm_eps and first_norm."""
+    norm_weight, norm_eps, first_norm = norms
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     _checks.tensor(op, "x", x, dtypes=_checks.FLOATS, min_dim=1)
     N = _check_weights(op, weights, x)
@@ -125,12 +133,22 @@ def _bit_linear(
         check_gain(op, "norm_weight", norm_weight, x)
         norm_weight = norm_weight.contiguous()
     check_backward(op, backward)
+    first_gain, first_eps = None, 0.0
+    if first_norm is not None:
+        first_gain, first_eps = _check_first_norm(op, first_norm, norm_weight, x)
+        if not fits_norm_pair(x) or (quantized is None and not can_stack(weights)):
+            normed, total, _ = _ops.rms_norm(
+                x.contiguous(), None if delta is None else delta.contiguous(), first_gain, first_eps
+            )
+            norms = (norm_weight, norm_eps, None)
+            y, _ = _bit_linear(op, normed, None, weight, bias, norms, out_dtype, backward, quantized)
+            return y, x if delta is None else total
     if quantized is None and not can_stack(weights):
         sizes = [w.shape[0] for w in weights]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         total = x if delta is None else (x + delta).to(x.dtype)
         parts = [
-            _bit_linear(op, total, None, w, b, norm_weight, norm_eps, out_dtype, backward, None)[0]
+            _bit_linear(op, total, None, w, b, norms, out_dtype, backward, None)[0]
             for w, b in zip(weights, biases, strict=True)
         ]
         return torch.cat(parts, dim=-1), total
@@ -146,10 +164,32 @@ def _bit_linear(
         norm_weight,
         0.0 if norm_eps is None else norm_eps,
         norm_eps is not None,
+        first_gain,
+        first_eps,
         out_dtype,
         backward,
     )
-    return result[0], result[4]
+    return result[0], x if delta is None and first_norm is None else result[4]
+
+
+def fits_norm_pair(x: Tensor) -> bool:
+    """Whether two norms of x can be one pass: on CUDA where a warp holds a row, and few rows share a launch that
+    sums up the gains' gradients.
+    """
+    K = x.shape[-1]
+    return not x.is_cuda or (K % 8 == 0 and K <= 512 and x.numel() <= 512 * K)
+
+
+def _check_first_norm(
+    op: str, first_norm: tuple[Tensor, float], norm_weight: Tensor | None, x: Tensor
+) -> tuple[Tensor, float]:
+    gain, eps = first_norm
+    if norm_weight is None:
+        raise ValueError(f"{op}: first_norm needs norm_weight, got norm_weight=None")
+    check_gain(op, "first_norm[0]", gain, x)
+    if not eps >= 0:
+        raise ValueError(f"{op}: first_norm[1] must be >= 0, got {eps}")
+    return gain.contiguous(), eps
 
 
 def check_backward(op: str, backward: str) -> None:
@@ -212,8 +252,11 @@ def bit_linear_ref(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
+    first_norm: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """:func:`bit_linear` in plain PyTorch, in float32: the exact forward, gradients by autograd."""
+    if first_norm is not None:
+        x = rms_norm_ref(x, *first_norm)
     if not isinstance(weight, Tensor):
         parts = [w.shape[0] for w in weight]
         biases = [None] * len(parts) if bias is None else bias.split(parts)
@@ -242,13 +285,15 @@ def bit_linear_ref(
 
 def add_bit_linear_ref(
     x: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     weight: Tensor | Sequence[Tensor],
     *,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
+    first_norm: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`add_bit_linear` in plain PyTorch, y in float32."""
-    total = (x + delta).to(x.dtype)
-    return bit_linear_ref(total, weight, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps), total
+    total = x if delta is None else (x + delta).to(x.dtype)
+    norms = {"norm_weight": norm_weight, "norm_eps": norm_eps, "first_norm": first_norm}
+    return bit_linear_ref(total, weight, bias=bias, **norms), total  # type: ignore[arg-type]

@@ -72,6 +72,13 @@ std::tuple<Tensor, Tensor> quantize_act(const char* op, const Tensor& x);
 // (x_i8, act_scale, rstd)
 std::tuple<Tensor, Tensor, Tensor> normalize_and_quantize(
     const char* op, const Tensor& x, const char* gain_arg, const std::optional<Tensor>& gain, double eps);
+// (y, sum, rstd) of the norm of x or x + delta; sum is an empty [0] tensor without delta
+std::tuple<Tensor, Tensor, Tensor> normalize_rows(const char* op,
+                                                  const Tensor& x,
+                                                  const std::optional<Tensor>& delta,
+                                                  const char* gain_arg,
+                                                  const std::optional<Tensor>& gain,
+                                                  double eps);
 // (packed, weight_scale)
 std::tuple<Tensor, Tensor> quantize_and_pack(const char* op, const Tensor& weight);
 Tensor scaled_product(const char* op,

@@ -1,4 +1,4 @@
-// The RMS norm, optionally behind the sum with the output of a block, and its backward.
+// The RMS norm, optionally behind the sum with the output of a block, its backward, and that of two norms.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -10,23 +10,21 @@
 #include "cpu/operators.h"
 
 namespace bitnet_ext::cpu {
-namespace {
-
 using torch::stable::parallel_for;
 
-// (y, sum, rstd); sum is an empty [0] tensor without delta.
-std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x,
-                                            const std::optional<Tensor>& delta,
-                                            const std::optional<Tensor>& gain,
-                                            double eps) {
-  const char* op = "rms_norm";
+std::tuple<Tensor, Tensor, Tensor> normalize_rows(const char* op,
+                                                  const Tensor& x,
+                                                  const std::optional<Tensor>& delta,
+                                                  const char* gain_arg,
+                                                  const std::optional<Tensor>& gain,
+                                                  double eps) {
   check_input(op, "x", x);
   const auto [M, K, leading] = check_rows(op, "x", x);
   if (delta) {
     check_input(op, "delta", *delta);
   }
   check_delta(op, x, delta, true);
-  const float* gains = optional_vector(op, "gain", gain, K);
+  const float* gains = optional_vector(op, gain_arg, gain, K);
   const ScalarType dtype = x.scalar_type();
   Tensor y = new_tensor(shape_of(x), dtype);
   Tensor sum = new_tensor(delta ? shape_of(x) : std::vector<int64_t>{0}, dtype);
@@ -57,6 +55,16 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x,
     });
   });
   return {y, sum, rstd};
+}
+
+namespace {
+
+// (y, sum, rstd); sum is an empty [0] tensor without delta.
+std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x,
+                                            const std::optional<Tensor>& delta,
+                                            const std::optional<Tensor>& gain,
+                                            double eps) {
+  return normalize_rows("rms_norm", x, delta, "gain", gain, eps);
 }
 
 // (grad_x, grad_delta, grad_gain); grad_delta is grad_x in `delta_dtype`, an empty [0] tensor where that is
@@ -146,11 +154,53 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& grad_y,
   return {grad_x, grad_delta, grad_gain};
 }
 
+// y of the forward again, by its arithmetic.
+Tensor normed_again(const char* op, const Tensor& x, const Tensor& gain, const Tensor& rstd) {
+  check_input(op, "x", x);
+  check_input(op, "first_rstd", rstd, ScalarType::Float);
+  const auto [M, K, leading] = check_rows(op, "x", x);
+  check_numel(op, "first_rstd", rstd, M);
+  const float* gains = optional_vector(op, "first_gain", gain, K);
+  const auto* rstds = static_cast<const float*>(rstd.const_data_ptr());
+  Tensor y = new_tensor(shape_of(x), x.scalar_type());
+  dispatch_float(x.scalar_type(), [&, M = M, K = K](auto zero) {
+    using T = decltype(zero);
+    const auto* in = static_cast<const T*>(x.const_data_ptr());
+    auto* out = static_cast<T*>(y.mutable_data_ptr());
+    parallel_for(0, M, grain_for(2 * K * static_cast<int64_t>(sizeof(T))), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        for (int64_t k = 0; k < K; ++k) {
+          out[m * K + k] = from_float<T>(to_float(in[m * K + k]) * rstds[m] * gains[k]);
+        }
+      }
+    });
+  });
+  return y;
+}
+
+// (grad_x, grad_delta, grad_first_gain, grad_gain); grad_delta as of rms_norm_backward.
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pair_backward(const Tensor& grad_z,
+                                                              const Tensor& x,
+                                                              const Tensor& first_gain,
+                                                              const Tensor& first_rstd,
+                                                              const Tensor& gain,
+                                                              const Tensor& rstd,
+                                                              const std::optional<Tensor>& grad_residual,
+                                                              ScalarType delta_dtype) {
+  const Tensor y = normed_again("norm_pair_backward", x, first_gain, first_rstd);
+  auto [grad_y, no_delta, grad_gain] =
+      rms_norm_backward(grad_z, y, gain, rstd, std::nullopt, x.scalar_type());
+  auto [grad_x, grad_delta, grad_first_gain] =
+      rms_norm_backward(grad_y, x, first_gain, first_rstd, grad_residual, delta_dtype);
+  return {grad_x, grad_delta, grad_first_gain, grad_gain};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("norm_pair_backward", TORCH_BOX(&norm_pair_backward));
 }
 
 }  // namespace bitnet_ext::cpu

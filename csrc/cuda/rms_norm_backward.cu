@@ -47,7 +47,7 @@ struct RmsNormPolicy {
       float residual[kChunk];
       raw.residual.unpack(args.grad_residual.dtype, residual);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) grad[i] += residual[i];
+      for (int i = 0; i < kChunk; ++i) grad[i] = __fadd_rn(grad[i], residual[i]);
     }
     store_chunk<Shape::kWhole>(args.grad_x, row, k, K, grad);
     if (args.grad_delta.base != nullptr) store_chunk<Shape::kWhole>(args.grad_delta, row, k, K, grad);

@@ -37,6 +37,21 @@ struct NormBackwardPlan {
 
 constexpr int kGainColumns = 32;
 
+// The formulas a value at a time. Which products and sums are one operation is written out, because
+// norm_pair_backward.cu must round as two launches of these kernels do.
+
+// grad_y * hhat: what grad_gain sums up.
+__device__ __forceinline__ float gain_term(float grad_y, float h, float rstd) {
+  return __fmul_rn(grad_y, __fmul_rn(h, rstd));
+}
+__device__ __forceinline__ float add_gain_term(float sum, float grad_y, float h, float rstd) {
+  return __fmaf_rn(grad_y, __fmul_rn(h, rstd), sum);
+}
+// grad_h, of g = grad_y * gain.
+__device__ __forceinline__ float norm_gradient(float g, float h, float rstd, float mean) {
+  return __fmul_rn(rstd, __fmaf_rn(-__fmul_rn(h, rstd), mean, g));
+}
+
 template <typename Policy, typename Shape>
 __device__ __forceinline__ void norm_backward_rows(const typename Policy::Args& args,
                                                    const NormBackwardPlan& plan,
@@ -67,7 +82,7 @@ __device__ __forceinline__ void norm_backward_rows(const typename Policy::Args& 
     float gains[kChunk];
     if constexpr (!kKeepsGain) load_vector<kWhole>(norm.gain, k, K, gains);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) v[i] *= kKeepsGain ? kept_gains[i] : gains[i];
+    for (int i = 0; i < kChunk; ++i) v[i] = __fmul_rn(v[i], kKeepsGain ? kept_gains[i] : gains[i]);
   };
 
   const auto load_row = [&](int64_t row, Raw(&raw)[kSlots], GradChunk(&grad)[kSlots], float& rstd) {
@@ -114,12 +129,12 @@ __device__ __forceinline__ void norm_backward_rows(const typename Policy::Args& 
         grad_chunk.unpack(norm.grad_y.dtype, t);
         Policy::template value<Shape>(args, raw_chunk, h);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) t[i] *= h[i] * rstd;
+        for (int i = 0; i < kChunk; ++i) t[i] = gain_term(t[i], h[i], rstd);
       };
       const auto add_to_dot = [&](int64_t k, float(&t)[kChunk]) {
         scale(k, t);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) dot += t[i];
+        for (int i = 0; i < kChunk; ++i) dot = __fadd_rn(dot, t[i]);
       };
       if (live) {
 #pragma unroll
@@ -162,7 +177,7 @@ __device__ __forceinline__ void norm_backward_rows(const typename Policy::Args& 
         Policy::template value<Shape>(args, raw_chunk, h);
         scale(k, g);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) g[i] = rstd * (g[i] - (h[i] * rstd) * mean);
+        for (int i = 0; i < kChunk; ++i) g[i] = norm_gradient(g[i], h[i], rstd, mean);
       }
       Policy::template finish<Shape>(args, raw_chunk, row, k, g);
     };
@@ -256,7 +271,7 @@ __device__ __forceinline__ void norm_backward_columns(const typename Policy::Arg
         grad[i].unpack(norm.grad_y.dtype, g);
         Policy::template value<Shape>(args, raw[i], h);
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j) sum[j] += g[j] * (h[j] * rstd[i]);
+        for (int j = 0; j < kChunk; ++j) sum[j] = add_gain_term(sum[j], g[j], h[j], rstd[i]);
       }
     }
   }

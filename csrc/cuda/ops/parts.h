@@ -26,6 +26,17 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const LaunchContext& context,
                                                  const Tensor* delta = nullptr,
                                                  const Tensor* sum = nullptr);
 
+// (x_i8, act_scale, rstd, first_rstd): the rows of quantize_rows with another norm in front, in one launch.
+// `sum` is written without delta too.
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_norm_pair(const LaunchContext& context,
+                                                              const Tensor& x,
+                                                              const Tensor& first_gain,
+                                                              double first_eps,
+                                                              const std::optional<Tensor>& gain,
+                                                              double eps,
+                                                              const std::optional<Tensor>& delta,
+                                                              const Tensor& sum);
+
 enum class WeightForm { kCodes, kPacked, kPrepacked };
 
 // (codes int8 [N, K], packed uint8 [N, ceil(K / 4)] or prepacked int32 [ceil(N / 16), ceil(K / 128), 32, 4];
