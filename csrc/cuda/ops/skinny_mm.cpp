@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/launch_context.h"
+#include "cuda/sm90_gemm.h"
 #include "row_stride.h"
 
 namespace bitnet_ext::cuda {
@@ -57,6 +58,11 @@ SkinnyArgs make_args(const LaunchContext& context, int64_t T, int64_t H, int64_t
   return args;
 }
 
+// Whether the kernels with wgmma run: this device has it, and this build.
+bool has_wgmma(const LaunchContext& context) {
+  return context.compute_capability() == 90 && sm90_is_compiled();
+}
+
 void skinny_mm_nt_(const Tensor& out, const Tensor& hidden, const Tensor& weight) {
   const LaunchContext context("skinny_mm_nt_", out);
   const char* op = context.op();
@@ -82,7 +88,8 @@ void skinny_mm_nt_(const Tensor& out, const Tensor& hidden, const Tensor& weight
   args.hidden = const_data<float>(hidden);
   args.weight = const_data<float>(weight);
   args.out = data<float>(out);
-  context.check(launch_skinny_nt(args, context.num_sms(), context.stream()));
+  const auto launch = has_wgmma(context) ? launch_sm90_skinny_nt : launch_skinny_nt;
+  context.check(launch(args, context.num_sms(), context.stream()));
 }
 
 void skinny_mm_nn_(const Tensor& out, const Tensor& grad, const Tensor& weight) {
@@ -96,13 +103,14 @@ void skinny_mm_nn_(const Tensor& out, const Tensor& grad, const Tensor& weight) 
   check_shape(context, "weight", weight, V, H);
   SkinnyArgs args = make_args(context, T, H, V);
   args.stride = stride;
-  args.num_splits = skinny_nn_splits(args, context.num_sms());
+  const bool wgmma = has_wgmma(context);
+  args.num_splits = skinny_nn_splits(args, wgmma ? kSm90SkinnyNnChunk : kSkinnyNnChunk, context.num_sms());
   Tensor partials = context.new_tensor({args.num_splits, T, H}, ScalarType::Float);
   args.grad = const_data<float>(grad);
   args.weight = const_data<float>(weight);
   args.out = data<float>(out);
   args.partials = data<float>(partials);
-  context.check(launch_skinny_nn(args, context.stream()));
+  context.check((wgmma ? launch_sm90_skinny_nn : launch_skinny_nn)(args, context.stream()));
 }
 
 void skinny_mm_tn_(const Tensor& out, const Tensor& grad, const Tensor& hidden, bool accumulate) {
@@ -120,7 +128,8 @@ void skinny_mm_tn_(const Tensor& out, const Tensor& grad, const Tensor& hidden, 
   args.grad = const_data<float>(grad);
   args.hidden = const_data<float>(hidden);
   args.out = data<float>(out);
-  context.check(launch_skinny_tn(args, context.num_sms(), context.stream()));
+  const auto launch = has_wgmma(context) ? launch_sm90_skinny_tn : launch_skinny_tn;
+  context.check(launch(args, context.num_sms(), context.stream()));
 }
 
 }  // namespace
