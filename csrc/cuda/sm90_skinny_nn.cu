@@ -9,7 +9,8 @@
 // added in their order by launch_skinny_sum.
 //
 // T = 128, H = 256, V = 50,257: 66 shares x 2, 12 chunks a block. A chunk is 1,536 clocks of the tensor cores
-// and 64 kB of memory or L2, 2,700 clocks at 4.2 TB/s (weight once from memory, grad twice): bytes bound it.
+// and 64 kB of memory or L2, 2,800 clocks at 4.2 TB/s and 1.8 GHz (grad once from memory, once from L2):
+// bytes bound it.
 #include "cuda/common/launch.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/ptx/cp_async.cuh"
@@ -35,7 +36,7 @@ struct Sm90NnTraits {
   static constexpr int kAhead = kAhead_, kStages = kStages_, kSlots = kSlots_;
   static constexpr int kConsumers = 2, kWarpgroup = 128;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-  static constexpr int kProducerRegisters = 64, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static constexpr int kCols = 64 * kConsumers;  // h of a block
   static constexpr int kUnits = 16;              // of 16 bytes a thread copies of a chunk
   static constexpr int kScales = kStages * kSkinnyChunkBytes;
@@ -43,6 +44,9 @@ struct Sm90NnTraits {
   static constexpr int kBarriers = kCopies + kSlots * kUnits * kWarpgroup * 16;
   static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8;
   static_assert(kSharedBytes <= 227 * 1024, "the stages fit shared memory");
+  // A block has 168 a thread when it starts, the multiple of 8 that three warpgroups can have.
+  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 3 * 168,
+                "nothing waits for registers");
 };
 
 // A block's place in the ring of stages.
@@ -61,23 +65,25 @@ template <typename Traits>
 __device__ __forceinline__ void produce(
     const SkinnyArgs& args, uint8_t* shared, uint64_t* full, uint64_t* empty, int begin, int end) {
   const int thread = static_cast<int>(threadIdx.x) % Traits::kWarpgroup, lane = thread % 32, j = lane % 8;
-  const int first_row = thread / 32 * 32 + lane / 8, first_t = blockIdx.z * kTokens + first_row;
+  const int first_row = thread / 32 * 32 + lane / 8;
   // A thread reads back what it copied itself, so the copies need no barrier.
   const auto copied = [&](int slot, int unit) {
     return shared + Traits::kCopies + ((slot * Traits::kUnits + unit) * Traits::kWarpgroup + thread) * 16;
   };
+  // Tokens beyond T are not stored: the last one of the lane, or of all, stands for them.
+  const int first_t = static_cast<int>(blockIdx.z) * kTokens + first_row;
+  const float* first = args.grad + static_cast<int64_t>(min(first_t, args.T - 1)) * args.stride + 4 * j;
+  const int rows = (args.T - 1 - first_t) / 4;  // below it, the lane has another one
   const auto load = [&](int chunk, int slot) {
     if (chunk < end) {
-      const int v = chunk * kSkinnyChunk + 4 * j;
+      const int first_v = chunk * kSkinnyChunk, left = args.V - first_v - 4 * j;
+      const int low = 4 * max(0, min(4, left)), high = 4 * max(0, min(4, left - 32));
+      const float* row = first + first_v;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float* row = args.grad + static_cast<int64_t>(first_t + 4 * i) * args.stride + v;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int valid = first_t + 4 * i < args.T ? max(0, min(4, args.V - v - 32 * half)) : 0;
-          // Without a number to read, the address must still be one of the matrix.
-          cp_async_16_bytes(copied(slot, 2 * i + half), valid > 0 ? row + 32 * half : args.grad, 4 * valid);
-        }
+        cp_async_16_bytes(copied(slot, 2 * i), row, low);
+        cp_async_16_bytes(copied(slot, 2 * i + 1), row + 32, high);
+        if (i < rows) row += 4 * args.stride;
       }
     }
     cp_async_commit();
@@ -91,26 +97,41 @@ __device__ __forceinline__ void produce(
     mbarrier_wait(empty + ring.stage, ring.phase ^ 1);
     uint8_t* plane = shared + ring.stage * kSkinnyChunkBytes;
     float* scales = reinterpret_cast<float*>(shared + Traits::kScales) + ring.stage * kTokens;
-#pragma unroll 2
-    for (int i = 0; i < 8; ++i) {
-      const float4 a = *reinterpret_cast<const float4*>(copied(slot, 2 * i));
-      const float4 b = *reinterpret_cast<const float4*>(copied(slot, 2 * i + 1));
-      const float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-      float top = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < 8; i += 2) {
+      // Two tokens side by side, as shared memory keeps the compiler from doing.
+      float x[2][8];
 #pragma unroll
-      for (int k = 0; k < 8; ++k) top = larger_magnitude(top, x[k]);
-      const Scale scale(lanes_max<1, 4>(__float_as_uint(top)));
-      uint4 hi, lo;
-      const Pieces pieces[4] = {split(x[0], x[1], scale.up()),
-                                split(x[2], x[3], scale.up()),
-                                split(x[4], x[5], scale.up()),
-                                split(x[6], x[7], scale.up())};
-      hi = make_uint4(pieces[0].hi, pieces[1].hi, pieces[2].hi, pieces[3].hi);
-      lo = make_uint4(pieces[0].lo, pieces[1].lo, pieces[2].lo, pieces[3].lo);
-      const int row = first_row + 4 * i;
-      *reinterpret_cast<uint4*>(plane + swizzled(row, j)) = hi;
-      *reinterpret_cast<uint4*>(plane + kSkinnyPlaneBytes + swizzled(row, j)) = lo;
-      if (j == 0) scales[row] = scale.down();
+      for (int k = 0; k < 4; ++k) {
+        const float4 four = *reinterpret_cast<const float4*>(copied(slot, 2 * i + k));
+        x[k / 2][k % 2 * 4] = four.x, x[k / 2][k % 2 * 4 + 1] = four.y;
+        x[k / 2][k % 2 * 4 + 2] = four.z, x[k / 2][k % 2 * 4 + 3] = four.w;
+      }
+      uint32_t top[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float largest = 0.0f;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) largest = larger_magnitude(largest, x[n][k]);
+        top[n] = lanes_max<1, 4>(__float_as_uint(largest));
+      }
+      Pieces pieces[2][4];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float up = Scale(top[n]).up();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) pieces[n][k] = split(x[n][2 * k], x[n][2 * k + 1], up);
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int row = first_row + 4 * (i + n);
+        const Pieces(&of)[4] = pieces[n];
+        uint8_t* to = plane + swizzled(row, j);
+        *reinterpret_cast<uint4*>(to) = make_uint4(of[0].hi, of[1].hi, of[2].hi, of[3].hi);
+        *reinterpret_cast<uint4*>(to + kSkinnyPlaneBytes) =
+            make_uint4(of[0].lo, of[1].lo, of[2].lo, of[3].lo);
+        if (j == 0) scales[row] = Scale(top[n]).down();
+      }
     }
     fence_async_proxy();  // the products read through the async proxy
     mbarrier_arrive(full + ring.stage);

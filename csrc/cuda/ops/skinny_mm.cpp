@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+
 #include "cuda/launch_context.h"
 #include "cuda/sm90_gemm.h"
 #include "row_stride.h"
@@ -58,9 +60,12 @@ SkinnyArgs make_args(const LaunchContext& context, int64_t T, int64_t H, int64_t
   return args;
 }
 
-// Whether the kernels with wgmma run: this device has it, and this build.
+// Whether the kernels with wgmma run: this device has it, and this build. BITNET_EXT_WGMMA=0, read at each
+// call, chooses those for sm_80 all the same: to compare the two, and to test those.
 bool has_wgmma(const LaunchContext& context) {
-  return context.compute_capability() == 90 && sm90_is_compiled();
+  const char* setting = std::getenv("BITNET_EXT_WGMMA");
+  const bool off = setting != nullptr && setting[0] == '0' && setting[1] == '\0';
+  return !off && context.compute_capability() == 90 && sm90_is_compiled();
 }
 
 void skinny_mm_nt_(const Tensor& out, const Tensor& hidden, const Tensor& weight) {
