@@ -19,8 +19,15 @@ SHAPES = [
     (128, 8, 64),
     (129, 136, 1021),
     (300, 256, 130),
+    (65, 200, 4100),
 ]
 NAMES = ["nt", "nn", "tn"]
+
+
+@pytest.fixture(params=["wgmma", "mma"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for sm_90a, where the device has them, and those for sm_80."""
+    monkeypatch.setenv("BITNET_EXT_WGMMA", "1" if request.param == "wgmma" else "0")
 
 
 def operands(T: int, H: int, V: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -65,6 +72,7 @@ def kernel(name: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_as_accurate_as_float32(name: str, shape: tuple[int, int, int]) -> None:
@@ -85,6 +93,7 @@ def test_as_accurate_as_float32(name: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("kernels")
 def test_tn_adds() -> None:
     grad, hidden = operands(140, 64, 200)["tn"]
     out = tools.normal(200, 64, seed=4)
@@ -94,6 +103,7 @@ def test_tn_adds() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("kernels")
 def test_tn_on_a_part_of_the_gpu_gives_the_same_bits() -> None:
     grad, hidden = operands(128, 256, 5003)["tn"]
     want = kernel("tn", grad, hidden)
@@ -104,6 +114,7 @@ def test_tn_on_a_part_of_the_gpu_gives_the_same_bits() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_any_magnitude(name: str) -> None:
     """Every row of the contraction has its own power of two: small rows keep their digits beside large ones."""
@@ -123,6 +134,7 @@ def test_rows_of_any_magnitude(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("where", [0, 1])
@@ -155,6 +167,7 @@ def test_logits_start_at_256_bytes() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", NAMES)
 def test_in_a_cuda_graph(name: str) -> None:
     pair = operands(100, 64, 130)[name]

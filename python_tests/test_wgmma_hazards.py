@@ -63,6 +63,14 @@ def test_registers_in_flight_are_found(instruction: str) -> None:
     assert len(found) == 1 and instruction in found[0]
 
 
+def test_products_of_fp16_are_products() -> None:
+    code = LOOP.format(first="", second="        /*0008*/   LDS.128 R92, [R5+UR4] ;").splitlines()
+    late = LOOP.format(first="        /*0008*/   IMAD R94, R4, R5, R6 ;", second="").splitlines()
+    for lines, count in ((code, 0), (late, 1)):
+        fp16 = [line.replace("IGMMA.64x128x32.S8.S8", "HGMMA.64x128x16.F32") for line in lines]
+        assert len(tool().hazards(fp16)) == count
+
+
 def test_code_without_products() -> None:
     assert hazards() == [] and tool().hazards([]) == []
     loop = [".L_x_1:", "        /*0000*/    LDS.128 R92, [R5] ;", "        /*0010*/    BRA `(.L_x_1) ;"]

@@ -94,9 +94,13 @@ RULES = [
     Rule("rotary", r"rotary_kernel<\w+, [48],", (LOAD_16, STORE_16)),
     Rule("small_grad", r"small_grad_kernel<", (r"\bHMMA\.16816\.F32\.BF16",)),
     Rule("small_grad", r"small_grad_kernel<float, true", (LOAD_16, STORE_16)),
-    Rule("skinny_mm", r"skinny_nt_kernel<", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX)),
-    Rule("skinny_mm", r"skinny_tn_kernel", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX_T, STORE_16)),
+    Rule("skinny_nt", r"skinny_nt_kernel<", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX)),
+    Rule("skinny_tn", r"skinny_tn_kernel", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX_T, STORE_16)),
     Rule("skinny_nn", r"skinny_nn_kernel", (r"\bHMMA\.16816\.F32", COPY_16, LOAD_MATRIX, LOAD_MATRIX_T)),
+    Rule("skinny_sum", r"skinny_sum_kernel", (LOAD_16, STORE_16)),
+    Rule("sm90_skinny_nt", r"nt_kernel<", (r"\bHGMMA\.64x128x16\.F32", r"\bLDG\.E\.(NA\.)?128"), "90a"),
+    Rule("sm90_skinny_tn", r"tn_kernel", (r"\bHGMMA\.64x128x16\.F32", STORE_16), "90a"),
+    Rule("sm90_skinny_nn", r"nn_kernel<", (r"\bHGMMA\.64x128x16\.F32", COPY_16, r"\bSTS\.128"), "90a"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Finds, in machine code, registers that are touched while products in flight (IGMMA) still use them.
+"""Finds, in machine code, registers that are touched while products in flight (IGMMA, HGMMA) still use them.
 
 wgmma reads its register operands and writes its sums after the instruction has been issued, until a wait has
 seen its group done. Neither nvcc nor ptxas keeps other instructions off those registers: a load that was moved ahead
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)")
+_PRODUCT = re.compile(r"\b[IH]GMMA\.64x(\d+)x\d+")
 _LABEL = re.compile(r"^(\.L_\w+):")
 #: Their first operand is read.
 _WITHOUT_RESULT = re.compile(r"(ST|RED|BAR|MEMBAR|WARPSYNC|BRX|SYNCS|UTMA|R2UR|NANOSLEEP)")
@@ -34,7 +35,7 @@ def loops_of_products(code: list[str]) -> Iterator[list[str]]:
     for end, line in enumerate(code):
         target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
         begin = labels.get(target[1], end) if target else end
-        if begin < end and any("IGMMA" in inner for inner in code[begin:end]):
+        if begin < end and any(_PRODUCT.search(inner) for inner in code[begin:end]):
             ranges.append((begin, end))
     for begin, end in ranges:
         if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in ranges):
@@ -53,8 +54,8 @@ def hazards(code: list[str]) -> list[str]:
             if match is None:
                 continue
             opcode, fields = match[1], [field.strip() for field in match[2].split(",")]
-            if opcode.startswith("IGMMA"):
-                shape = re.search(r"64x(\d+)x32", opcode)
+            if opcode.startswith(("IGMMA", "HGMMA")):
+                shape = _PRODUCT.search(opcode)
                 sums |= _registers(fields[0], int(shape[1]) // 2 if shape else 0)
                 operands |= _registers(fields[1], 4)
                 if "gsb0" in match[2]:

@@ -1,11 +1,12 @@
-// fp32 product of few tokens with a tall matrix on fp16 tensor cores, with the accuracy of fp32:
+// fp32 product of few tokens with a tall matrix on fp16 tensor cores, with the accuracy of fp32 (sm_80):
 //
 //   nn: out[t, h] = sum_v grad[t, v] * weight[v, h]          the gradient of an output layer's input
 //
 // Each number is two fp16 numbers (common/two_pieces.cuh), each product three. The contraction is as long as
 // the vocabulary: a block has 128 tokens x 128 columns of the result and a share of V, walks it in chunks of
 // 32 whose rows and columns have powers of two of their own, and adds each chunk's sums in fp32 (tensor cores
-// chop where an addition rounds). The shares' sums are added in their order by a second kernel.
+// chop where an addition rounds). The shares' sums are added in their order by launch_skinny_sum. sm_90a has
+// sm90_skinny_nn.cu.
 #include "cuda/common/launch.cuh"
 #include "cuda/common/two_pieces.cuh"
 #include "cuda/common/vec.cuh"
@@ -23,12 +24,12 @@ constexpr int kTokens = static_cast<int>(kSkinnyTokens);
 struct NnTraits {
   // 16 warps of 32 x 32 fit 128 registers each; 8 of 32 x 64 do not fit 255.
   static constexpr int kWarps = 16, kThreads = 32 * kWarps;
-  static constexpr int kLanes = 32 / kWarps;  // that share a row of a warp's columns of weight
-  static constexpr int kWarpCols = 32;        // of a warp's tile of 32 tokens
-  static constexpr int kChunk = 32;           // of V
-  static constexpr int kCols = 128;           // of the result
-  static constexpr int kRowBytesA = 144;      // 32 fp16 of each piece, and padding
-  static constexpr int kRowBytesB = 272;      // 128 fp16, and padding
+  static constexpr int kLanes = 32 / kWarps;     // that share a row of a warp's columns of weight
+  static constexpr int kWarpCols = 32;           // of a warp's tile of 32 tokens
+  static constexpr int kChunk = kSkinnyNnChunk;  // of V
+  static constexpr int kCols = 128;              // of the result
+  static constexpr int kRowBytesA = 144;         // 32 fp16 of each piece, and padding
+  static constexpr int kRowBytesB = 272;         // 128 fp16, and padding
   static constexpr int kBytesA = kTokens * kRowBytesA;
   static constexpr int kPlaneBytesB = kChunk * kRowBytesB;
   static constexpr int kBufferBytes = kBytesA + 2 * kPlaneBytesB;
@@ -201,18 +202,6 @@ __global__ void __launch_bounds__(NnTraits::kThreads, 1)
   }
 }
 
-__global__ void __launch_bounds__(128)
-    skinny_sum_kernel(const float* partials, int num, int size, float* out) {
-  wait_for_previous_kernel();
-  allow_next_kernel();
-  const int i = blockIdx.x * 128 + threadIdx.x;
-  if (i >= size) return;
-  float sum = 0.0f;
-#pragma unroll 16
-  for (int s = 0; s < num; ++s) sum += partials[static_cast<int64_t>(s) * size + i];
-  out[i] = sum;
-}
-
 }  // namespace
 
 cudaError_t launch_skinny_nn(const SkinnyArgs& args, cudaStream_t stream) {
@@ -226,18 +215,7 @@ cudaError_t launch_skinny_nn(const SkinnyArgs& args, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   status = launch_kernel(
       skinny_nn_kernel, grid, Traits::kThreads, Traits::kSharedBytes, stream, args.dependent_launch, args);
-  if (status != cudaSuccess) return status;
-  const int size = args.T * args.H;
-  return launch_kernel(skinny_sum_kernel,
-                       static_cast<unsigned>(ceil_div(size, 128)),
-                       128,
-                       0,
-                       stream,
-                       args.dependent_launch,
-                       args.partials,
-                       args.num_splits,
-                       size,
-                       args.out);
+  return status != cudaSuccess ? status : launch_skinny_sum(args, stream);
 }
 
 }  // namespace bitnet_ext::cuda

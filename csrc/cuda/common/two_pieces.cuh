@@ -22,6 +22,14 @@ __device__ __forceinline__ uint32_t magnitude(const float4& v) {
   return max(max(magnitude(v.x), magnitude(v.y)), max(magnitude(v.z), magnitude(v.w)));
 }
 
+// The larger magnitude, NaN when one of them is: one instruction, and two where magnitudes are compared as
+// integers.
+__device__ __forceinline__ float larger_magnitude(float a, float b) {
+  float top;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(top) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return top;
+}
+
 // The largest of the lanes whose numbers differ in the bits kFirst .. kLast, each a power of two.
 template <int kFirst, int kLast>
 __device__ __forceinline__ uint32_t lanes_max(uint32_t v) {

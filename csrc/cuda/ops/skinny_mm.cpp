@@ -3,7 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+
 #include "cuda/launch_context.h"
+#include "cuda/sm90_gemm.h"
 #include "row_stride.h"
 
 namespace bitnet_ext::cuda {
@@ -57,6 +60,14 @@ SkinnyArgs make_args(const LaunchContext& context, int64_t T, int64_t H, int64_t
   return args;
 }
 
+// Whether the kernels with wgmma run: this device has it, and this build. BITNET_EXT_WGMMA=0, read at each
+// call, chooses those for sm_80 all the same: to compare the two, and to test those.
+bool has_wgmma(const LaunchContext& context) {
+  const char* setting = std::getenv("BITNET_EXT_WGMMA");
+  const bool off = setting != nullptr && setting[0] == '0' && setting[1] == '\0';
+  return !off && context.compute_capability() == 90 && sm90_is_compiled();
+}
+
 void skinny_mm_nt_(const Tensor& out, const Tensor& hidden, const Tensor& weight) {
   const LaunchContext context("skinny_mm_nt_", out);
   const char* op = context.op();
@@ -82,7 +93,8 @@ void skinny_mm_nt_(const Tensor& out, const Tensor& hidden, const Tensor& weight
   args.hidden = const_data<float>(hidden);
   args.weight = const_data<float>(weight);
   args.out = data<float>(out);
-  context.check(launch_skinny_nt(args, context.num_sms(), context.stream()));
+  const auto launch = has_wgmma(context) ? launch_sm90_skinny_nt : launch_skinny_nt;
+  context.check(launch(args, context.num_sms(), context.stream()));
 }
 
 void skinny_mm_nn_(const Tensor& out, const Tensor& grad, const Tensor& weight) {
@@ -96,13 +108,14 @@ void skinny_mm_nn_(const Tensor& out, const Tensor& grad, const Tensor& weight) 
   check_shape(context, "weight", weight, V, H);
   SkinnyArgs args = make_args(context, T, H, V);
   args.stride = stride;
-  args.num_splits = skinny_nn_splits(args, context.num_sms());
+  const bool wgmma = has_wgmma(context);
+  args.num_splits = skinny_nn_splits(args, wgmma ? kSm90SkinnyNnChunk : kSkinnyNnChunk, context.num_sms());
   Tensor partials = context.new_tensor({args.num_splits, T, H}, ScalarType::Float);
   args.grad = const_data<float>(grad);
   args.weight = const_data<float>(weight);
   args.out = data<float>(out);
   args.partials = data<float>(partials);
-  context.check(launch_skinny_nn(args, context.stream()));
+  context.check((wgmma ? launch_sm90_skinny_nn : launch_skinny_nn)(args, context.stream()));
 }
 
 void skinny_mm_tn_(
@@ -124,7 +137,8 @@ void skinny_mm_tn_(
   args.out = data<float>(out);
   const int num_sms = context.num_sms();
   const int blocks = max_blocks == 0 || max_blocks > num_sms ? num_sms : static_cast<int>(max_blocks);
-  context.check(launch_skinny_tn(args, blocks, context.stream()));
+  context.check(
+      (has_wgmma(context) ? launch_sm90_skinny_tn : launch_skinny_tn)(args, blocks, context.stream()));
 }
 
 }  // namespace
