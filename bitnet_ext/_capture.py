@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,21 +35,57 @@ def capture_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream
     return _streams[key]
 
 
+_pools: dict[int, torch.cuda.CUDAGraph] = {}
+
+
+def _pool_of(stream: torch.cuda.Stream) -> Any:
+    """The memory of the graphs of the runs that follow each other on a stream.
+
+    Memory of a graph's own is given back by the allocator only when the device has none left, which then stops
+    everything for seconds; here the next run takes over what the last one had. The pool lives as long as a graph that
+    nobody replays.
+    """
+    if stream.cuda_stream not in _pools:
+        anchor = torch.cuda.CUDAGraph()
+        with _capturing(anchor, capture_stream(stream.device, priority=-3), None):
+            torch.zeros(1, device=stream.device)
+        _pools[stream.cuda_stream] = anchor
+    return _pools[stream.cuda_stream].pool()
+
+
 @contextmanager
 def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> Iterator[None]:
-    """Captures what is launched within it, on `stream`, into `graph`, whose memory is its own or that of the graph of
-    `pool`.
+    """Captures what is launched within it, on `stream`, into `graph`. It is to be replayed on the current stream.
 
     Unlike :class:`torch.cuda.graph` it neither waits for the device nor empties the allocator's cache, either of which
     stops all other runs on the device.
+
+    Args:
+        pool: of an earlier graph whose memory this one may use where that has left it; by default that of the graphs
+            captured before for the current stream, or for the default stream none.
     """
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        if pool is None:
-            graph.capture_begin(capture_error_mode="thread_local")
-        else:
-            graph.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            yield
-        finally:
-            graph.capture_end()
+    current = torch.cuda.current_stream(stream.device)
+    if pool is None and current != torch.cuda.default_stream(stream.device):
+        pool = _pool_of(current)
+    stream.wait_stream(current)
+    with _capturing(graph, stream, pool):
+        yield
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()  # it might end a graph or an event of somebody else, which a capture forbids
+    try:
+        with torch.cuda.stream(stream):
+            if pool is None:
+                graph.capture_begin(capture_error_mode="thread_local")
+            else:
+                graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
+    finally:
+        if collecting:
+            gc.enable()

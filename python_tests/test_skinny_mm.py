@@ -64,7 +64,7 @@ def kernel(name: str, a: Tensor, b: Tensor) -> Tensor:
     }[name]
     out = torch.full((rows, cols), math.nan, device="cuda")
     operator = getattr(torch.ops.bitnet_ext, f"skinny_mm_{name}_")
-    operator(out, a, b, *([False] if name == "tn" else []))
+    operator(out, a, b, *([False, 0] if name == "tn" else []))
     if name == "nt":
         assert not out[a.isfinite().all(1), V:].any()  # beyond V stand zeros times hidden
         return out[:, :V]

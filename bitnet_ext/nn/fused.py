@@ -47,7 +47,7 @@ def norm_linear(
     training = [m for m in layers if isinstance(m, BitLinear) and m.is_quantized and m.norm_weight is None]
     total, first_norm = x, None
     if len(first) == 1 and len(training) == len(layers):
-        first_norm = (first.pop().weight.float(), norms[0].eps)
+        first_norm, first = (first[0].weight.float(), first[0].eps), []
     for norm in first:
         x, total = norm.add(x, delta) if delta is not None else (norm(x), total)
         delta = None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import torch
 
 _ENDED = object()
 #: Seconds between two questions for a job when nothing else is to be done.
 _PATIENCE = 0.05
+#: The same while a GPU has work: a small part of what it is given at once.
+_POLL = 2e-4
 
 
 def advance_together(
@@ -35,22 +38,27 @@ def advance_together(
     waiting = iter(jobs)
     on_gpu = device.type == "cuda"
     streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(together)]
+    handed_over = [torch.cuda.Event() if on_gpu else None for _ in range(together)]
     running: dict[int, Iterator[None]] = {}
     exhausted = False
     while running or not exhausted:
-        for place, stream in enumerate(streams):
+        advanced = False
+        for place, (stream, event) in enumerate(zip(streams, handed_over, strict=True)):
+            if place in running and event is not None and not event.query():
+                continue  # the host would wait for it, while others have nothing to do
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-                if place not in running and not exhausted:
-                    try:
-                        job = next(waiting)
-                    except StopIteration:
-                        exhausted = True
+                if place not in running:
+                    job = None if exhausted else next(waiting, _ENDED)
+                    exhausted |= job is _ENDED
+                    if job is None or job is _ENDED:
                         continue
-                    if job is None:
-                        if not running:
-                            time.sleep(_PATIENCE)
-                        continue
-                    running[place] = job()
-                if place in running and next(running[place], _ENDED) is _ENDED:
+                    running[place] = cast(Callable[[], Iterator[None]], job)()
+                ended = next(running[place], _ENDED) is _ENDED
+                if event is not None:
+                    event.record()
+                advanced = True
+                if ended:
                     del running[place]
                     yield place
+        if not advanced:
+            time.sleep(_POLL if running else _PATIENCE)
