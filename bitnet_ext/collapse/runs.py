@@ -23,7 +23,7 @@ from bitnet_ext.data.corpora import Corpus, load_corpus
 from bitnet_ext.data.statistics import token_counts, unigram_log_probs
 from bitnet_ext.models import BitNetForCausalLM, preset
 from bitnet_ext.training import Trainer, TrainingDivergedError
-from bitnet_ext.training.checkpoint import write_text_atomic
+from bitnet_ext.training.checkpoint import Checkpoint, read_checkpoint, write_text_atomic
 from bitnet_ext.training.trainer import ENDED
 
 #: Folder, inside the study's, of runs that only lead to the checkpoints which other runs go on from.
@@ -130,6 +130,12 @@ def _initial_model(name: str, quantization: str, seed: int, device: torch.device
     return BitNetForCausalLM(preset(name, quantization=quantization), seed=seed).to(device)
 
 
+@functools.lru_cache(maxsize=3)
+def _start_of(path: Path) -> Checkpoint:
+    """A checkpoint that several runs go on from, one after the other."""
+    return read_checkpoint(path)
+
+
 def advance_task(
     task: Task,
     out: Path,
@@ -175,6 +181,7 @@ def advance_task(
             seen=np.asarray(seen),
             generation=task.generation,
         )
+    start = task.start_checkpoint(out)
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "arm": task.arm.name,
@@ -194,7 +201,7 @@ def advance_task(
         device=device,
         evaluator=evaluator,
         eval_steps=task.eval_steps,
-        start_from=task.start_checkpoint(out),
+        start_from=None if start is None else _start_of(start),
         reset_moments=task.arm.reset_moments,
         snapshot_steps=task.snapshot_steps,
     )

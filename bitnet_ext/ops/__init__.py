@@ -23,9 +23,13 @@ from bitnet_ext.ops.int8_grad import int8_grads, int8_grads_ref
 from bitnet_ext.ops.int8_mm import int8_mm, int8_mm_ref, quantize_rows_int8, quantize_rows_int8_ref
 from bitnet_ext.ops.loss import (
     LinearCrossEntropyOutput,
+    PredictedRows,
     SoftmaxStats,
     linear_cross_entropy,
     linear_cross_entropy_ref,
+    padded_columns,
+    predict_rows,
+    predicts_rows,
     softmax_stats,
     softmax_stats_ref,
 )
@@ -103,6 +107,7 @@ __all__ = [
     "BACKWARDS",
     "Backward",
     "LinearCrossEntropyOutput",
+    "PredictedRows",
     "QuantizedWeight",
     "SoftmaxStats",
     "abs_sums_like",
@@ -143,6 +148,9 @@ __all__ = [
     "linear_cross_entropy_ref",
     "pack_ternary",
     "pack_ternary_ref",
+    "padded_columns",
+    "predict_rows",
+    "predicts_rows",
     "prefers_skinny_mm",
     "prefers_small_grad",
     "prepack_int8",

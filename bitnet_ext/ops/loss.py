@@ -241,6 +241,50 @@ def linear_cross_entropy_ref(
     )
 
 
+class PredictedRows(NamedTuple):
+    """What :func:`predict_rows` finds.
+
+    Attributes:
+        logits: [T, V], in the buffer's memory.
+        lse, cross_entropy, entropy: float32 [T]; argmax: int64 [T].
+        mass: float32 [V], the sum of the T distributions.
+    """
+
+    logits: Tensor
+    lse: Tensor
+    cross_entropy: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    mass: Tensor
+
+
+def padded_columns(V: int) -> int:
+    """Columns of a buffer for the logits of V tokens: rows that begin at multiples of 16 bytes, whole tiles."""
+    return -(-V // 64) * 64
+
+
+def predicts_rows(hidden: Tensor) -> bool:
+    """Whether :func:`predict_rows` takes hidden states of this device and dtype."""
+    return hidden.is_cuda and hidden.dtype in (torch.float32, torch.bfloat16)
+
+
+def predict_rows(hidden: Tensor, head: Tensor, target: Tensor, buffer: Tensor) -> PredictedRows:
+    """Statistics of the predictions for hidden states, on a GPU: a product and two passes over the logits.
+
+    Args:
+        hidden: [T, H] float32 or bfloat16; head: [V, H] of the same dtype.
+        target: int64 [T].
+        buffer: [T, padded_columns(V)] of the same dtype, contiguous; overwritten.
+    """
+    V = head.shape[0]
+    _write_logits(hidden.contiguous(), head, buffer)
+    lse, cross_entropy, entropy, _, argmax = _ops.cross_entropy_rows_(
+        buffer, V, target, None, None, 0.0, 0.0, 0.0, 0.0, 0.0
+    )
+    mass = _ops.probability_sums(buffer, V, target, lse, 0.0).sum(0)
+    return PredictedRows(buffer[:, :V], lse, cross_entropy, entropy, argmax, mass)
+
+
 # --- the operator: loss and gradients in one call -----------------------------------------------------------
 
 # The three products. Logits, and then their gradient, are [T, S] rows of a buffer whose first V columns are the
@@ -333,7 +377,7 @@ def forward(
         on_cuda = hidden.is_cuda
         dtype = torch.bfloat16 if on_cuda and hidden.dtype == torch.bfloat16 else torch.float32
         x = hidden.to(dtype).contiguous()
-        stride = -(-V // 64) * 64
+        stride = padded_columns(V)
         head = _head(weight, hidden.dtype, dtype, stride)
         target = target.contiguous()
         step = _rows_at_once(T, stride * dtype.itemsize, chunk_bytes)

@@ -117,7 +117,7 @@ class Trainer:
         device: str | torch.device = "auto",
         evaluator: Evaluator | None = None,
         eval_steps: Iterable[int] = (),
-        start_from: Path | str | None = None,
+        start_from: Path | str | Checkpoint | None = None,
         reset_moments: bool = False,
         snapshot_steps: Iterable[int] = (),
     ) -> None:
@@ -158,10 +158,10 @@ class Trainer:
         self._cumulative_lr = np.cumsum(self._learning_rates)
         self._sums = dict(_NO_SUMS)  # since the last evaluation
         self.snapshot_steps = sorted({int(s) for s in snapshot_steps if 1 <= s <= config.steps})
-        self.start_from = None if start_from is None else Path(start_from)
         self.reset_moments = reset_moments
-        if self.start_from is not None:
-            self._begin_at(self.start_from)
+        if start_from is not None:
+            whole = start_from if isinstance(start_from, Checkpoint) else read_checkpoint(Path(start_from))
+            self._begin_at(whole)
         self._log: MetricsLog | None = None
         self._stop_requested = False
         self._last_record: dict[str, Any] = {}
@@ -397,13 +397,12 @@ class Trainer:
         if folder == "checkpoint":
             self._last_checkpoint = (self.step, time.monotonic())
 
-    def _begin_at(self, path: Path) -> None:
+    def _begin_at(self, checkpoint: Checkpoint) -> None:
         """Takes over weights, moments, step and cumulative learning rate of another run's checkpoint."""
-        checkpoint = read_checkpoint(path)
         if not 0 < checkpoint.step < self.config.steps:
             raise ValueError(
                 f"Trainer: start_from must be a checkpoint of a step before steps = {self.config.steps}, "
-                f"got step {checkpoint.step} ({path})"
+                f"got step {checkpoint.step} ({checkpoint.path})"
             )
         load_weights(self.model, checkpoint)
         if not self.reset_moments:
