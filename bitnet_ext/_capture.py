@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+#: Priorities of the kernels of a training step, and of those that run beside them.
+STEP_PRIORITY, SIDE_PRIORITY = -2, -1
+
 _streams: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bitnet_ext import ops
-from bitnet_ext._capture import capture, capture_stream
+from bitnet_ext._capture import SIDE_PRIORITY, STEP_PRIORITY, capture, capture_stream
 from bitnet_ext.models import BitNetForCausalLM
 from bitnet_ext.nn import WeightCache, resident_weights, set_backward, weight_caches
 from bitnet_ext.ops import QuantizedWeight
@@ -114,6 +114,9 @@ class TrainStep:
         # From pinned memory the rows reach the device without the host waiting for it.
         self._host_rows = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._record = torch.zeros(block_steps, len(RECORD), device=device)
+        # Filled behind the last step: a copy asked for when the steps are done would wait for the other runs' kernels.
+        self._host_record = torch.zeros(block_steps, len(RECORD), pin_memory=device.type == "cuda")
+        self._recorded = torch.cuda.Event() if device.type == "cuda" else None
         self._offsets = torch.arange(block_steps, device=device)
 
     def _takes_rows(self, model: BitNetForCausalLM) -> bool:
@@ -166,12 +169,17 @@ class TrainStep:
             self.optimizer.mark_changed()  # a replay does not count
         for cache, group, codes in self._kept:
             cache.put(group, codes)
+        self._host_record[:count].copy_(mean_over_ranks(self._record[:count], self.world), non_blocking=True)
+        if self._recorded is not None:
+            self._recorded.record(torch.cuda.current_stream(self.device))
         self._launched = (start, count)
 
     def finish(self) -> Tensor:
         """The second half of :meth:`run`: waits for the launched steps; their records, and what they raise."""
         start, count = self._launched
-        records = mean_over_ranks(self._record[:count].clone(), self.world).cpu()
+        if self._recorded is not None:
+            self._recorded.synchronize()
+        records = self._host_record[:count].clone()
         if not torch.isfinite(records[:, RECORD.index("grad_norm")]).all():
             bad = self.optimizer.first_bad_step()
             if bad is not None:
@@ -282,9 +290,9 @@ class TrainStep:
         """
         state = [p.detach() for p in self.optimizer.named.values()] + list(self.optimizer.state().values())
         saved = [value.clone() for value in state]
-        stream = capture_stream(self.device, priority=-2)
+        stream = capture_stream(self.device, STEP_PRIORITY)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        side = capture_stream(self.device, priority=-1)
+        side = capture_stream(self.device, SIDE_PRIORITY)
         with torch.cuda.stream(stream):
             self._make(1)
             self._step.zero_()

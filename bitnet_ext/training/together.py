@@ -9,6 +9,8 @@ from typing import cast
 
 import torch
 
+from bitnet_ext._capture import STEP_PRIORITY
+
 _ENDED = object()
 #: Seconds between two questions for a job when nothing else is to be done.
 _PATIENCE = 0.05
@@ -37,7 +39,8 @@ def advance_together(
     """
     waiting = iter(jobs)
     on_gpu = device.type == "cuda"
-    streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(together)]
+    # Of the priority of a step's kernels: what stands before and behind them must not wait for those of other runs.
+    streams = [torch.cuda.Stream(device, priority=STEP_PRIORITY) if on_gpu else None for _ in range(together)]
     handed_over = [torch.cuda.Event() if on_gpu else None for _ in range(together)]
     running: dict[int, Iterator[None]] = {}
     exhausted = False
