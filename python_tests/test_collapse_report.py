@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 
 from bitnet_ext.collapse.arms import ARMS
-from bitnet_ext.collapse.contrasts import CONTRASTS, contrast_findings, setting_changes, summary_findings
-from bitnet_ext.collapse.figures import arm_styles, draw_figures, render_figures, write_figures
-from bitnet_ext.collapse.findings import arm_findings
-from bitnet_ext.collapse.reading import STATUS, classify, course, find_fall
-from bitnet_ext.collapse.report import render_report, write_outputs, write_report
-from bitnet_ext.collapse.results import (
+from bitnet_ext.collapse.pages.comparison import render_report, write_outputs, write_report
+from bitnet_ext.collapse.pages.figures.comparison import (
+    arm_styles,
+    draw_figures,
+    render_figures,
+    write_figures,
+)
+from bitnet_ext.collapse.pages.table import comparison_table, recovery
+from bitnet_ext.collapse.results.files import (
     Study,
     milestones,
     read_metrics,
@@ -31,7 +34,14 @@ from bitnet_ext.collapse.results import (
     write_atomic,
     write_summary_csv,
 )
-from bitnet_ext.collapse.table import comparison_table, recovery
+from bitnet_ext.collapse.results.status import STATUS, classify, course, find_fall
+from bitnet_ext.collapse.verdicts.contrasts import (
+    CONTRASTS,
+    contrast_findings,
+    setting_changes,
+    summary_findings,
+)
+from bitnet_ext.collapse.verdicts.findings import arm_findings
 
 VOCAB = 50_257
 LN_V = math.log(VOCAB)

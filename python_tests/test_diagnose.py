@@ -21,9 +21,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from bitnet_ext.collapse.diagnose import NONE, UNKNOWN, Diagnosis, diagnose
-from bitnet_ext.collapse.diagnose_command import add_arguments, as_text, run
-from bitnet_ext.collapse.diagnose_inputs import initial_sizes, read_case
+from bitnet_ext.collapse.diagnose.command import add_arguments, as_text, run
+from bitnet_ext.collapse.diagnose.diagnosis import NONE, UNKNOWN, Diagnosis, diagnose
+from bitnet_ext.collapse.diagnose.inputs import initial_sizes, read_case
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
 from bitnet_ext.data import load_corpus
 from bitnet_ext.data.statistics import unigram_log_probs

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from bitnet_ext.collapse import instrument
-from bitnet_ext.collapse.instrument import InstrumentReport, instrument_check, jackknife_errors, judge
-from bitnet_ext.collapse.instrument_page import write_instrument
-from bitnet_ext.collapse.predictors import bigram_predictor, continuations
-from bitnet_ext.collapse.scales import HIGHER, HUMAN_LIKE, LOWER, Scale
+from bitnet_ext.collapse.instrument import check as instrument
+from bitnet_ext.collapse.instrument.check import InstrumentReport, instrument_check, jackknife_errors, judge
+from bitnet_ext.collapse.instrument.page import write_instrument
+from bitnet_ext.collapse.instrument.predictors import bigram_predictor, continuations
+from bitnet_ext.collapse.instrument.scales import HIGHER, HUMAN_LIKE, LOWER, Scale
 from bitnet_ext.data.corpora import Corpus
 from bitnet_ext.data.statistics import token_counts, unigram_log_probs
 from bitnet_ext.models import BitNetForCausalLM, preset

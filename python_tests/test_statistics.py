@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bitnet_ext.collapse.results import Study, read_study
-from bitnet_ext.collapse.statistics import (
+from bitnet_ext.collapse.results.files import Study, read_study
+from bitnet_ext.collapse.verdicts.statistics import (
     differences,
     equivalence,
     holm,

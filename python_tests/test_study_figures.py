@@ -14,18 +14,18 @@ from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from PIL import Image
 
-from bitnet_ext.collapse.block_effects import base_of
 from bitnet_ext.collapse.blocks import BLOCKS
-from bitnet_ext.collapse.drawing import new_figure, png
-from bitnet_ext.collapse.effect_plot import bands, effect_figure, signed
-from bitnet_ext.collapse.effects import block_figures, facets, styles
-from bitnet_ext.collapse.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
-from bitnet_ext.collapse.judging import CE, MI, ContrastResult
-from bitnet_ext.collapse.part_figures import part_figure
-from bitnet_ext.collapse.results import Study, read_study
-from bitnet_ext.collapse.statistics import paired
-from bitnet_ext.collapse.study_page import Content, _ended
-from bitnet_ext.collapse.table import spread_text
+from bitnet_ext.collapse.pages.factorial import Content, _ended
+from bitnet_ext.collapse.pages.figures.comparison import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
+from bitnet_ext.collapse.pages.figures.curves import block_figures, facets, styles
+from bitnet_ext.collapse.pages.figures.drawing import new_figure, png
+from bitnet_ext.collapse.pages.figures.effect_plot import bands, effect_figure, signed
+from bitnet_ext.collapse.pages.figures.parts import part_figure
+from bitnet_ext.collapse.pages.table import spread_text
+from bitnet_ext.collapse.results.files import Study, read_study
+from bitnet_ext.collapse.verdicts.block_effects import base_of
+from bitnet_ext.collapse.verdicts.judging import CE, MI, ContrastResult
+from bitnet_ext.collapse.verdicts.statistics import paired
 
 INKS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE)
 

@@ -13,16 +13,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bitnet_ext.collapse import diagnose_command, instrument
 from bitnet_ext.collapse.arms import ARMS
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL
-from bitnet_ext.collapse.outputs import write_pages
-from bitnet_ext.collapse.results import Study, read_study
+from bitnet_ext.collapse.diagnose import command as diagnose_command
+from bitnet_ext.collapse.instrument import check as instrument
+from bitnet_ext.collapse.pages.factorial import is_factorial
+from bitnet_ext.collapse.pages.outputs import write_pages
+from bitnet_ext.collapse.pages.table import comparison_table
+from bitnet_ext.collapse.results.files import Study, read_study
 from bitnet_ext.collapse.runs import Task
 from bitnet_ext.collapse.study import StudyConfig, config_from_json, default_config, run_study
-from bitnet_ext.collapse.study_page import is_factorial
-from bitnet_ext.collapse.table import comparison_table
-from bitnet_ext.collapse.verdicts import verdicts
+from bitnet_ext.collapse.verdicts.answers import verdicts
 from bitnet_ext.collapse.workers import StudyWorkerError
 from bitnet_ext.training import TrainingInterrupted
 from bitnet_ext.training.device import resolve_device

@@ -1,0 +1,1 @@
+"""Which kind of trouble one run shows, and what to change."""

@@ -1,0 +1,1 @@
+"""The metrics themselves, checked on predictors whose health is known."""

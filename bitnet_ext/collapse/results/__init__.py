@@ -1,0 +1,1 @@
+"""What a study wrote, as data, and how its runs ended."""

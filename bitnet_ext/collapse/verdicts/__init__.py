@@ -1,0 +1,1 @@
+"""What a study shows, computed from its results by stated rules."""
