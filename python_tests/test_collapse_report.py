@@ -18,14 +18,14 @@ import pytest
 
 from bitnet_ext.collapse.arms import ARMS
 from bitnet_ext.collapse.pages.comparison import render_report, write_outputs, write_report
+from bitnet_ext.collapse.pages.comparison_table import comparison_table, recovery
 from bitnet_ext.collapse.pages.figures.comparison import (
     arm_styles,
     draw_figures,
     render_figures,
     write_figures,
 )
-from bitnet_ext.collapse.pages.table import comparison_table, recovery
-from bitnet_ext.collapse.results.files import (
+from bitnet_ext.collapse.results import (
     Study,
     milestones,
     read_metrics,
@@ -34,14 +34,11 @@ from bitnet_ext.collapse.results.files import (
     write_atomic,
     write_summary_csv,
 )
+from bitnet_ext.collapse.results.settings import setting_changes
 from bitnet_ext.collapse.results.status import STATUS, classify, course, find_fall
-from bitnet_ext.collapse.verdicts.contrasts import (
-    CONTRASTS,
-    contrast_findings,
-    setting_changes,
-    summary_findings,
-)
+from bitnet_ext.collapse.verdicts.contrasts import CONTRASTS, contrast_findings
 from bitnet_ext.collapse.verdicts.findings import arm_findings
+from bitnet_ext.collapse.verdicts.summary import summary_findings
 
 VOCAB = 50_257
 LN_V = math.log(VOCAB)

@@ -23,7 +23,8 @@ import torch
 
 from bitnet_ext.collapse.diagnose.command import add_arguments, as_text, run
 from bitnet_ext.collapse.diagnose.diagnosis import NONE, UNKNOWN, Diagnosis, diagnose
-from bitnet_ext.collapse.diagnose.inputs import initial_sizes, read_case
+from bitnet_ext.collapse.diagnose.inputs import read_case
+from bitnet_ext.collapse.diagnose.sizes import initial_sizes
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
 from bitnet_ext.data import load_corpus
 from bitnet_ext.data.statistics import unigram_log_probs

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from bitnet_ext.collapse.instrument import check as instrument
-from bitnet_ext.collapse.instrument.check import InstrumentReport, instrument_check, jackknife_errors, judge
+from bitnet_ext.collapse.instrument.check import InstrumentReport, instrument_check
+from bitnet_ext.collapse.instrument.judging import judge
+from bitnet_ext.collapse.instrument.measuring import jackknife_errors
 from bitnet_ext.collapse.instrument.page import write_instrument
 from bitnet_ext.collapse.instrument.predictors import bigram_predictor, continuations
 from bitnet_ext.collapse.instrument.scales import HIGHER, HUMAN_LIKE, LOWER, Scale

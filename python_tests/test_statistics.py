@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bitnet_ext.collapse.results.files import Study, read_study
+from bitnet_ext.collapse.results import Study, read_study
 from bitnet_ext.collapse.verdicts.statistics import (
     differences,
     equivalence,

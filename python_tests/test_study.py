@@ -22,7 +22,7 @@ from bitnet_ext.collapse import evaluator as evaluator_module
 from bitnet_ext.collapse import study as study_module
 from bitnet_ext.collapse.arms import config_of
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL, HEADLINE, RECOVERY_STARTS, arms_of
-from bitnet_ext.collapse.results.files import read_study
+from bitnet_ext.collapse.results import read_study
 from bitnet_ext.collapse.runs import STEMS, text_of_seed
 from bitnet_ext.collapse.schedule import LATER, Schedule
 from bitnet_ext.collapse.study import StudyConfig, log_spaced_steps, run_study

@@ -17,8 +17,8 @@ from bitnet_ext import cli
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL
 from bitnet_ext.collapse.pages.factorial import Content, write_study_page
 from bitnet_ext.collapse.pages.figures.curves import facets
-from bitnet_ext.collapse.results.files import read_study
-from bitnet_ext.collapse.verdicts.answers import Verdict
+from bitnet_ext.collapse.results import read_study
+from bitnet_ext.collapse.verdicts import Verdict
 from bitnet_ext.collapse.verdicts.block_effects import base_of, block_contrasts
 
 LN_V = math.log(50257)

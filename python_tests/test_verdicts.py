@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitnet_ext.collapse.results.files import Study, read_study
-from bitnet_ext.collapse.verdicts.answers import FAMILIES, Verdict, contrasts, verdicts
+from bitnet_ext.collapse.results import Study, read_study
+from bitnet_ext.collapse.verdicts import Verdict, verdicts
+from bitnet_ext.collapse.verdicts.answers import FAMILIES, contrasts
 from bitnet_ext.collapse.verdicts.clock import compare_clocks
 from bitnet_ext.collapse.verdicts.judging import Evidence, amount, state_of
 from bitnet_ext.collapse.verdicts.questions import CHANGES, STARTS, recovery_arm, width_arm

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bitnet_ext.collapse.arms import Arm, config_of
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
-from bitnet_ext.collapse.results.files import read_metrics
+from bitnet_ext.collapse.results import read_metrics
 from bitnet_ext.data.corpora import Corpus, load_corpus
 from bitnet_ext.data.statistics import token_counts, unigram_log_probs
 from bitnet_ext.models import BitNetForCausalLM, preset

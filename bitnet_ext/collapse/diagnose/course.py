@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bitnet_ext.collapse.diagnose.inputs import SIZES, Case
+from bitnet_ext.collapse.diagnose.inputs import Case
+from bitnet_ext.collapse.diagnose.sizes import SIZES
 from bitnet_ext.collapse.diagnose.words import (
     CERTAIN,
     LIKELY,
@@ -20,7 +21,7 @@ from bitnet_ext.collapse.diagnose.words import (
     tail_mean,
     training_course,
 )
-from bitnet_ext.collapse.results.files import number
+from bitnet_ext.collapse.results import number
 from bitnet_ext.collapse.results.status import (
     COLLAPSE_NATS,
     CONFIDENCE_NATS,

@@ -16,7 +16,8 @@ from bitnet_ext.collapse.diagnose.course import (
     over_confidence,
     unigram_stage,
 )
-from bitnet_ext.collapse.diagnose.inputs import SIZES, Case, note_early_end
+from bitnet_ext.collapse.diagnose.inputs import Case, note_early_end
+from bitnet_ext.collapse.diagnose.sizes import SIZES
 from bitnet_ext.collapse.diagnose.ternary import dead_ternary
 from bitnet_ext.collapse.diagnose.weights import decay_death, uniform_without_decay
 from bitnet_ext.collapse.diagnose.words import Evidence, Finding, evidence, training_course

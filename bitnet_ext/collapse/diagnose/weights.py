@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bitnet_ext.collapse.diagnose.inputs import SIZES, Case
+from bitnet_ext.collapse.diagnose.inputs import Case
+from bitnet_ext.collapse.diagnose.sizes import SIZES
 from bitnet_ext.collapse.diagnose.words import (
     CERTAIN,
     LIKELY,
@@ -22,7 +23,7 @@ from bitnet_ext.collapse.diagnose.words import (
     evidence,
     stalled,
 )
-from bitnet_ext.collapse.results.files import number
+from bitnet_ext.collapse.results import number
 from bitnet_ext.collapse.results.status import (
     NEAR_UNIFORM_SHARE,
     SHRUNK_SHARE,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitnet_ext.collapse.diagnose.inputs import Case
-from bitnet_ext.collapse.results.files import Row, number
+from bitnet_ext.collapse.results import Row, number
 from bitnet_ext.collapse.results.status import STALL_NATS
 
 #: How sure a finding is: measured directly; follows unless something unmeasured differs; fits, as others might.

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from bitnet_ext.collapse.instrument.check import (
+from bitnet_ext.collapse.instrument.check import InstrumentReport
+from bitnet_ext.collapse.instrument.judging import (
     BLUNT,
     DESCRIPTIVE,
     ERRORS,
     INVERTED,
     UNMEASURED,
     USABLE,
-    InstrumentReport,
     Judgement,
 )
 from bitnet_ext.collapse.instrument.predictors import BLIND, DEAD, FRESH, HEALTHY, HUMAN
 from bitnet_ext.collapse.instrument.scales import OF_A_STEP, Scale
-from bitnet_ext.collapse.pages.figures.comparison import BLACK, BLUE, DPI, GREEN, ORANGE, VERMILLION
+from bitnet_ext.collapse.pages.figures.drawing import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    VERMILLION,
+    full_colour_png,
+    new_figure,
+)
 from bitnet_ext.collapse.pages.table import MISSING, Table
-from bitnet_ext.collapse.results.files import write_atomic
+from bitnet_ext.collapse.results import write_atomic
 
 # Kinds differ in colour and in marker.
 _LOOKS: dict[str, tuple[str, str, str]] = {
@@ -104,7 +110,7 @@ def _notes(report: InstrumentReport) -> list[str]:
 
 def instrument_markdown(report: InstrumentReport) -> str:
     """Title, table, and each metric's range with its reason and source."""
-    lines = ["# Instrument check", "", report.table().markdown(), "## Ranges and sources", ""]
+    lines = ["# Instrument check", "", instrument_table(report).markdown(), "## Ranges and sources", ""]
     for scale in report.scales:
         source = f" Source: {scale.source}." if scale.source else ""
         lines.append(f"* **{scale.label}** (`{scale.key}`): {_range(scale)}; {scale.reason}.{source}")
@@ -124,8 +130,7 @@ def draw_instrument(report: InstrumentReport) -> Figure:
     height = 0.2 * len(names) + 0.75
     # Margins in inches, so that text has the same room whatever the number of panels.
     width, left, top, bottom = 13.0, 1.75, 0.6, 0.5
-    figure = Figure(figsize=(width, top + bottom + lines * height))
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, top + bottom + lines * height)
     total = top + bottom + lines * height
     cell = (width - left - 0.15) / _COLUMNS
     for index, (scale, judgement) in enumerate(panels):
@@ -212,11 +217,9 @@ def instrument_json(report: InstrumentReport) -> dict[str, Any]:
 def write_instrument(report: InstrumentReport, out_dir: Path | str) -> list[Path]:
     """Writes instrument.json, instrument.md and instrument.png, each in one rename; returns their paths."""
     folder = Path(out_dir)
-    picture = io.BytesIO()
-    draw_instrument(report).savefig(picture, format="png", dpi=DPI, metadata={"Software": None})
     numbers = json.dumps(instrument_json(report), indent=1, allow_nan=False) + "\n"
     return [
         write_atomic(folder / "instrument.json", numbers.encode()),
         write_atomic(folder / "instrument.md", instrument_markdown(report).encode()),
-        write_atomic(folder / "instrument.png", picture.getvalue()),
+        write_atomic(folder / "instrument.png", full_colour_png(draw_instrument(report))),
     ]

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about a study, with everything computed from the study's files.
+"""The report of a small comparison: one self-contained page, with everything computed from the study's files.
 
 No scripts, nothing to load: style and figures are inside, so the page opens offline, prints, and reads on a
 phone.
@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_ext.collapse.pages.figures.comparison import (
-    RenderedFigure,
-    arm_styles,
-    render_figures,
-    write_figures,
-)
+from bitnet_ext.collapse.pages.comparison_table import comparison_table
+from bitnet_ext.collapse.pages.figures.comparison import arm_styles, render_figures, write_figures
+from bitnet_ext.collapse.pages.figures.drawing import RenderedFigure
 from bitnet_ext.collapse.pages.glossary import GLOSSARY
 from bitnet_ext.collapse.pages.markup import (
     document,
@@ -27,8 +24,8 @@ from bitnet_ext.collapse.pages.markup import (
     table_html,
     words,
 )
-from bitnet_ext.collapse.pages.table import Table, comparison_table, unfinished_text
-from bitnet_ext.collapse.results.files import (
+from bitnet_ext.collapse.pages.table import Table
+from bitnet_ext.collapse.results import (
     Study,
     arm_settings,
     number,
@@ -37,15 +34,12 @@ from bitnet_ext.collapse.results.files import (
     write_atomic,
     write_summary_csv,
 )
+from bitnet_ext.collapse.results.settings import flatten, settings_of
 from bitnet_ext.collapse.results.status import RULES, STATUS, classify, course, log_vocab
-from bitnet_ext.collapse.verdicts.contrasts import (
-    context_rule,
-    contrast_findings,
-    flatten,
-    settings_of,
-    summary_findings,
-)
-from bitnet_ext.collapse.verdicts.findings import arm_findings, steps
+from bitnet_ext.collapse.verdicts.contrasts import context_rule, contrast_findings
+from bitnet_ext.collapse.verdicts.findings import arm_findings
+from bitnet_ext.collapse.verdicts.summary import summary_findings
+from bitnet_ext.collapse.verdicts.wording import steps, unfinished_text
 
 _GOOD, _BAD = frozenset({"alive"}), frozenset({"uniform", "collapsed", "failing", "diverged"})
 

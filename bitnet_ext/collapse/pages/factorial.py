@@ -6,25 +6,24 @@ Everything that is said follows from the study's files.
 
 from __future__ import annotations
 
-import collections
 import gzip
 import io
 import itertools
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_ext.collapse.pages.figures.comparison import RenderedFigure
+from bitnet_ext.collapse.pages.factorial_tables import block_table, metrics_table, original_table
 from bitnet_ext.collapse.pages.figures.curves import block_figures, facets
+from bitnet_ext.collapse.pages.figures.drawing import RenderedFigure
 from bitnet_ext.collapse.pages.figures.effect_plot import effect_figure
 from bitnet_ext.collapse.pages.figures.parts import part_figure
 from bitnet_ext.collapse.pages.glossary import GLOSSARY
 from bitnet_ext.collapse.pages.markup import document, escape, figure_html, pairs, plural, table_html, words
-from bitnet_ext.collapse.pages.table import MISSING, Table, spread_text, unfinished_text
-from bitnet_ext.collapse.results.files import (
+from bitnet_ext.collapse.pages.table import Table
+from bitnet_ext.collapse.results import (
     Run,
     Study,
     number,
@@ -33,26 +32,14 @@ from bitnet_ext.collapse.results.files import (
     summary_rows,
     write_atomic,
 )
-from bitnet_ext.collapse.results.status import RULES, STATUS, classify, log_vocab
-from bitnet_ext.collapse.verdicts.answers import Verdict, verdicts
+from bitnet_ext.collapse.results.status import RULES, log_vocab
+from bitnet_ext.collapse.verdicts import Verdict, verdicts
 from bitnet_ext.collapse.verdicts.block_effects import block_contrasts
-from bitnet_ext.collapse.verdicts.findings import count, nats, percent, steps
 from bitnet_ext.collapse.verdicts.judging import STATE_RULE
+from bitnet_ext.collapse.verdicts.wording import nats, unfinished_text
 
-#: What the original report printed: arm, tokens at steps 1,000 and 4,000, loss at 1,000, "recovery?".
-ORIGINAL = (
-    ("standard-lr", "19", "2", "10.82", "No"),
-    ("reduced-lr", "3", "18", "9.89", "YES!"),
-    ("label-smoothing", "20 (a later log)", "2 (a later log)", MISSING, "?"),
-    ("grad-clip", "12 (a later log)", "2 (a later log)", MISSING, MISSING),
-)
 _SHOWN = 4  # reasons of a verdict that are in view without a click
 _TONE = {"supported": " good", "refuted": " bad"}
-
-
-def is_factorial(study: Study) -> bool:
-    """Whether a study has blocks, and so this report instead of the one of a small comparison."""
-    return bool(study.settings.get("blocks"))
 
 
 def write_study_page(study_dir: Path | str, out_dir: Path | str | None = None) -> dict[str, Path]:
@@ -184,89 +171,6 @@ class Content:
         """The answers in short."""
         return Table(["Claim", "Answer"], [[verdict.claim, verdict.answer] for verdict in self.verdicts], [])
 
-    def original_table(self) -> Table:
-        """The original report's own numbers beside ours at the same steps, with what it did not measure."""
-        columns = [
-            "Training",
-            "Theirs: tokens @ 1k",
-            "@ 4k",
-            "loss @ 1k",
-            "recovery?",
-            "Ours: tokens @ 1k",
-            "@ 4k",
-            "loss @ 1k",
-            "Held-out CE @ 1k",
-            "@ 4k",
-            "Context use @ 4k",
-        ]
-        rows = []
-        for arm, *theirs in ORIGINAL:
-            runs = self._complete(arm)
-            if not runs:
-                continue
-            ours = [
-                self._cell(runs, key, step, form)
-                for key, step, form in (
-                    ("unique_of_20", 1000, count),
-                    ("unique_of_20", 4000, count),
-                    ("train_cross_entropy", 1000, nats),
-                    ("heldout_cross_entropy", 1000, nats),
-                    ("heldout_cross_entropy", 4000, nats),
-                    ("mutual_information", 4000, nats),
-                )
-            ]
-            rows.append([arm, *theirs, *ours])
-        notes = [
-            "Theirs: the original report, one run each, no seed given; ours: mean over seeds (smallest-largest).",
-            "Tokens: distinct greedy predictions after 20 prompts of random token ids, at most 20.",
-            "Loss: training cross-entropy, nats. Theirs is one batch's, ours the mean since the evaluation before.",
-            "Exact numbers cannot be expected to agree: the text is another one, and one run has no spread.",
-        ]
-        return Table(columns, rows, notes)
-
-    def _cell(self, runs: Sequence[Run], key: str, step: int, form: Any) -> str:
-        values = [run.value_at(key, step) for run in runs if run.last_step >= step]
-        return spread_text([value for value in values if value is not None], form)
-
-    def _complete(self, arm: str) -> list[Run]:
-        """The runs of an arm that ended, or those that got farthest."""
-        return [run for run in self.study.of(arm) if run.finished] or self.study.leading(arm)
-
-    def block_table(self, key: str) -> Table:
-        """How the arms of a block ended."""
-        columns = [
-            "Arm",
-            "How it ended",
-            "Seeds",
-            "Steps",
-            "Held-out CE",
-            "Over unigram",
-            "Context use",
-            "Unique of 20",
-            "Effective argmax vocabulary",
-            "Last gain",
-            "Decay dominates",
-            "Repeated 4-grams",
-        ]
-        rows = []
-        for arm in self.blocks[key]["arms"]:
-            runs = self._complete(arm)
-            if not runs:
-                continue
-            final = [[run.final(k) for run in runs] for k in _FINAL]
-            cells = [
-                spread_text([v for v in values if v is not None], form)
-                for values, form in zip(final, _FORMS, strict=True)
-            ]
-            ended = _ended([classify(run.evals, self.ln_v) for run in runs])
-            rows.append([arm, ended, str(len(runs)), steps(max(run.last_step for run in runs)), *cells])
-        notes = [
-            "At the last evaluation, mean over seeds (smallest-largest). CE and its excess in nats per token.",
-            "Decay dominates: share of the coordinates of which the weight decay decides the next step.",
-            "Repeated 4-grams: within greedy continuations of real text, seq-rep-4.",
-        ]
-        return Table(columns, rows, notes)
-
     def _figures_of(self, key: str, block: dict[str, Any]) -> list[RenderedFigure]:
         here = [arm for arm in block["arms"] if self.study.of(arm)]
         bases = [arm for arm in ("standard-lr", "adamw") if arm in here]
@@ -282,27 +186,6 @@ class Content:
         parts = part_figure(f"block-{key}-parts", self.study) if shown else None
         return [figure for figure in (effects, *figures, parts) if figure is not None]
 
-    def instrument(self) -> Table | None:
-        """The check of the metrics on known predictors, when its file is beside the study's."""
-        path = self.study.directory / "instrument.json"
-        if not path.is_file():
-            return None
-        check = json.loads(path.read_text())
-        judged = {entry["key"]: entry["status"] for entry in check["judgements"]}
-        body = [
-            [
-                scale["label"],
-                *(_value(row.get(scale["key"])) for row in check["rows"]),
-                judged.get(scale["key"], MISSING),
-            ]
-            for scale in check["scales"]
-        ]
-        notes = [
-            "Every metric on predictors of known health, on this text. What ranks a dead network above a healthy "
-            "reference by more than its sampling error is not for verdicts; instrument.md has errors and ranges."
-        ]
-        return Table(["Metric", *(str(row["network"]) for row in check["rows"]), "Judgement"], body, notes)
-
     # --- the two forms --------------------------------------------------------------------------------------------
 
     def html(self) -> str:
@@ -310,7 +193,7 @@ class Content:
         links = [("verdicts", "Verdicts"), ("original", "Beside the report")]
         links += [(f"block-{key}", f"{key}: {block['title']}") for key, block in self.blocks.items()]
         links += [("metrics", "Metrics"), ("again", "Run it again")]
-        instrument = self.instrument()
+        checked = metrics_table(self.study)
         parts = [
             f"<h1>{escape(self.title)}</h1>",
             pairs(self.facts()),
@@ -325,17 +208,17 @@ class Content:
             *(_verdict_html(verdict) for verdict in self.verdicts),
             f'<p class="notes">How an arm is judged: {escape(STATE_RULE)}</p>',
             '<h2 id="original">The report\'s own table, and ours</h2>',
-            table_html(self.original_table(), wide=True),
+            table_html(original_table(self.study), wide=True),
         ]
         for key, block in self.blocks.items():
             parts += [
                 f'<h2 id="block-{escape(key)}">{escape(key)}: {escape(block["title"])}</h2>',
                 f"<p>{escape(block['question'])}</p>",
-                table_html(self.block_table(key), wide=True),
+                table_html(block_table(self.study, block["arms"]), wide=True),
                 *(figure_html(figure, wide=True) for figure in self._block_figures[key]),
             ]
         parts += ['<h2 id="metrics">Metrics and their limits</h2>']
-        parts += [table_html(instrument, wide=True)] if instrument is not None else []
+        parts += [table_html(checked, wide=True)] if checked is not None else []
         parts += [words(GLOSSARY), "<h3>How a run ended: the first of these that holds</h3>", words(RULES)]
         parts += ['<h2 id="again">Run it again</h2>', *(f"<p>{escape(line)}</p>" for line in _again())]
         return document(self.title, parts)
@@ -358,35 +241,23 @@ class Content:
             lines += [f"* {reason}" for reason in verdict.reasons]
             lines += [f"* Limit: {limit}" for limit in verdict.limits] + [""]
         lines += [f"How an arm is judged: {STATE_RULE}", ""]
-        lines += ["## The report's own table, and ours", "", self.original_table().markdown()]
+        lines += ["## The report's own table, and ours", "", original_table(self.study).markdown()]
         for key, block in self.blocks.items():
             lines += [
                 f"## {key}: {block['title']}",
                 "",
                 block["question"],
                 "",
-                self.block_table(key).markdown(),
+                block_table(self.study, block["arms"]).markdown(),
             ]
             for figure in self._block_figures[key]:
                 lines += [f"![{figure.title}](figures/{figure.name}.png)", "", figure.caption, ""]
-        instrument = self.instrument()
+        checked = metrics_table(self.study)
         lines += ["## Metrics and their limits", ""]
-        lines += [instrument.markdown()] if instrument is not None else []
+        lines += [checked.markdown()] if checked is not None else []
         lines += [f"* **{term}**: {text}" for term, text in GLOSSARY]
         lines += ["", "## Run it again", "", *_again()]
         return "\n".join(lines) + "\n"
-
-
-_FINAL = (
-    "heldout_cross_entropy",
-    "excess_over_unigram",
-    "mutual_information",
-    "unique_of_20",
-    "effective_argmax_vocabulary",
-    "final_gain_mean_abs",
-    "decay_share",
-    "greedy_seq_rep_4",
-)
 
 
 def _seconds(run: Run) -> float:
@@ -394,27 +265,6 @@ def _seconds(run: Run) -> float:
     clock = [value for row in run.times if (value := number(row.get("seconds"))) is not None]
     ends = [now for now, then in itertools.pairwise(clock) if then < now]
     return sum(ends) + (clock[-1] if clock else 0.0)
-
-
-def _ended(kinds: Sequence[str | None]) -> str:
-    """How the runs of an arm ended, the most frequent way first; how many each, when there are several."""
-    named = [STATUS[kind][0].replace(" (", ": ").rstrip(")") for kind in kinds if kind is not None]
-    ways = collections.Counter(named).most_common()
-    if len(ways) < 2:
-        return ways[0][0] if ways else MISSING
-    first, *rest = [f"{way} {number_of}/{len(named)}" for way, number_of in ways]
-    return f"{first} ({', '.join(rest)})"
-
-
-def _small(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 or math.isnan(value) else f"{value:.2g}"
-
-
-_FORMS = (nats, nats, nats, count, lambda value: f"{value:.1f}", _small, percent, percent)
-
-
-def _value(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, (int, float)) else MISSING
 
 
 def _again() -> list[str]:

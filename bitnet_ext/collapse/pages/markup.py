@@ -9,7 +9,7 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
-from bitnet_ext.collapse.pages.figures.comparison import RenderedFigure
+from bitnet_ext.collapse.pages.figures.drawing import RenderedFigure
 from bitnet_ext.collapse.pages.table import Table
 from bitnet_ext.collapse.verdicts.findings import Finding
 

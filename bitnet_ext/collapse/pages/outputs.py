@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitnet_ext.collapse.pages.comparison import write_outputs
-from bitnet_ext.collapse.pages.factorial import is_factorial, write_study_page
-from bitnet_ext.collapse.results.files import read_study
+from bitnet_ext.collapse.pages.factorial import write_study_page
+from bitnet_ext.collapse.results import read_study
 
 
 def write_pages(study_dir: Path | str) -> dict[str, Path]:
@@ -18,6 +18,6 @@ def write_pages(study_dir: Path | str) -> dict[str, Path]:
     Raises:
         ValueError: when the folder holds no study, no evaluation, or a damaged file.
     """
-    if is_factorial(read_study(study_dir)):
+    if read_study(study_dir).is_factorial:
         return write_study_page(study_dir)
     return write_outputs(study_dir)

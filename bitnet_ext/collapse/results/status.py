@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitnet_ext.collapse.results.files import Row, Run, Study, number
+from bitnet_ext.collapse.results.records import Row, Run, Study, number
 
 UNIFORM_NATS = 0.02  # distance from ln V at which an output counts as uniform
 CONTEXT_NATS = 0.1  # mutual information above which an output counts as depending on its context

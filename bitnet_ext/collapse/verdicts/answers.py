@@ -7,7 +7,7 @@ gives another answer. The rules are in :mod:`bitnet_ext.collapse.verdicts.questi
 
 from __future__ import annotations
 
-from bitnet_ext.collapse.results.files import Study
+from bitnet_ext.collapse.results import Study
 from bitnet_ext.collapse.verdicts import questions, solutions
 from bitnet_ext.collapse.verdicts.judging import Answer, ContrastResult, Evidence, Family, Verdict
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitnet_ext.collapse.results.files import Study
+from bitnet_ext.collapse.results import Study
 from bitnet_ext.collapse.verdicts.judging import ContrastResult
 from bitnet_ext.collapse.verdicts.statistics import differences, holm, last_common_step, paired
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitnet_ext.collapse.results.files import Run, Study
+from bitnet_ext.collapse.results import Run, Study
 from bitnet_ext.collapse.results.status import CLOCK_RATIO, SAME_NATS
 from bitnet_ext.collapse.verdicts.judging import amount, interval
 from bitnet_ext.collapse.verdicts.statistics import MIN_SEEDS, Estimate, paired

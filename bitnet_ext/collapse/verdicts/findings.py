@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitnet_ext.collapse.results.files import Row, Study
+from bitnet_ext.collapse.results import Row, Study
 from bitnet_ext.collapse.results.status import (
     COLLAPSE_NATS,
     CONFIDENCE_NATS,
@@ -31,6 +31,7 @@ from bitnet_ext.collapse.results.status import (
     log_vocab,
     row_at,
 )
+from bitnet_ext.collapse.verdicts.wording import count, nats, percent, steps
 
 
 @dataclass(frozen=True)
@@ -40,35 +41,6 @@ class Finding:
     kind: str
     label: str
     text: str
-
-
-def nats(value: float) -> str:
-    """A quantity in nats: two decimals, three below 0.1."""
-    text = f"{value:.3f}" if abs(value) < 0.0995 else f"{value:.2f}"
-    return "0.00" if float(text) == 0 else text
-
-
-def count(value: float) -> str:
-    """A count, or a mean of counts with one decimal."""
-    return f"{value:.0f}" if abs(value - round(value)) < 0.05 else f"{value:.1f}"
-
-
-def steps(value: float) -> str:
-    """A step number with thousands separators."""
-    return f"{int(value):,}"
-
-
-def percent(share: float) -> str:
-    """A share in per cent with two significant digits below 10 %."""
-    value = 100 * share
-    if value >= 9.95 or value == 0:
-        return f"{value:,.0f} %"
-    return "under 0.01 %" if value < 0.01 else f"{value:.2g} %"
-
-
-def signed(value: float) -> str:
-    text = nats(abs(value))
-    return text if float(text) == 0 else ("+" if value > 0 else "\N{MINUS SIGN}") + text
 
 
 def _above(difference: float) -> str:

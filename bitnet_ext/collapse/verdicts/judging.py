@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from bitnet_ext.collapse.results.files import Row, Run, Study
+from bitnet_ext.collapse.results import Row, Run, Study
 from bitnet_ext.collapse.results.status import COLLAPSE_NATS, CONFIDENCE_NATS, CONTEXT_NATS, get
 from bitnet_ext.collapse.verdicts.statistics import (
     ALPHA,

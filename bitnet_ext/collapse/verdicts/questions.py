@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitnet_ext.collapse.results.status import SAME_NATS
+from bitnet_ext.collapse.results.status import CONTEXT_NATS, SAME_NATS
 from bitnet_ext.collapse.verdicts.clock import CURVES, compare_clocks, describe_clock
 from bitnet_ext.collapse.verdicts.clock import RULE as CLOCK_RULE
 from bitnet_ext.collapse.verdicts.judging import (
     BASE,
     BROKEN,
     CE,
-    CONTEXT_NATS,
     HEALTHY,
     MI,
     MIN_RECOVERY_STEPS,

@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
-from bitnet_ext.collapse.results.files import Run, Study, number
+from bitnet_ext.collapse.results import Run, Study, number
 
 CONFIDENCE = 0.95
 ALPHA = 0.05

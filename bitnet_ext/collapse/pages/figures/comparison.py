@@ -1,31 +1,33 @@
-"""The figures of a study: one colour and line style for each arm throughout, thin lines for seeds, thick
+"""The figures of a small comparison: one colour and line style for each arm throughout, thin lines for seeds, thick
 for means.
-
-Figures are objects of their own (no pyplot, no global state) drawn with the Agg backend, so they need no
-display.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bitnet_ext.collapse.results.files import Study, require_evaluations, write_atomic
+from bitnet_ext.collapse.pages.figures.drawing import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    RenderedFigure,
+    full_colour_png,
+    new_figure,
+)
+from bitnet_ext.collapse.results import Study, require_evaluations, write_atomic
 
-DPI = 150
-
-# Okabe & Ito's palette for all kinds of colour vision, without its yellow, which is too light for a line.
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 _COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY, BLACK)
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 1.5, 1, 1.5)))
 
@@ -44,16 +46,6 @@ _KNOWN: dict[str, tuple[str, Any]] = {
     "diversity": (SKY, _DASHES[3]),
     "output-l2": (PURPLE, _DASHES[2]),
 }
-
-
-@dataclass(frozen=True)
-class RenderedFigure:
-    """One figure as PNG bytes, with its file name (without .png), its title and its caption."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
 
 
 @dataclass(frozen=True)
@@ -187,9 +179,7 @@ def render_figures(study: Study) -> list[RenderedFigure]:
     """The figures of :func:`draw_figures` as PNG bytes at 150 dpi. The same study gives the same bytes."""
     rendered = []
     for plan, figure in _drawn(study):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-        rendered.append(RenderedFigure(plan.name, plan.title, plan.caption, buffer.getvalue()))
+        rendered.append(RenderedFigure(plan.name, plan.title, plan.caption, full_colour_png(figure)))
     return rendered
 
 
@@ -267,8 +257,7 @@ def _layout(cells: Sequence[tuple[_Panel, str]], legend_rows: int) -> tuple[Figu
     changes = sum(cells[i][1] != cells[i + 1][1] for i in range(len(cells) - 1))
     below = 0.55 + 0.23 * legend_rows + 0.12
     height = top + panel * len(cells) + gap * (len(cells) - 1 - changes) + label * changes + below
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     axes, y = [], height - top
     for index, (_, over) in enumerate(cells):
         y -= panel

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy import stats
 
-from bitnet_ext.collapse.pages.figures.comparison import (
+from bitnet_ext.collapse.pages.figures.drawing import (
     BLACK,
     BLUE,
     GREEN,
@@ -22,9 +22,11 @@ from bitnet_ext.collapse.pages.figures.comparison import (
     SKY,
     VERMILLION,
     RenderedFigure,
+    new_figure,
+    png,
+    step_axis,
 )
-from bitnet_ext.collapse.pages.figures.drawing import new_figure, png, step_axis
-from bitnet_ext.collapse.results.files import Study
+from bitnet_ext.collapse.results import Study
 
 _COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY)
 _DASHED = (0, (5, 2))

@@ -1,9 +1,10 @@
-"""What all figures of the study's pages share: a canvas without a display, and small PNG files with equal bytes."""
+"""What all figures share: colours, a canvas without a display, and PNG files with equal bytes."""
 
 from __future__ import annotations
 
 import functools
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,25 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from bitnet_ext.collapse.pages.figures.comparison import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
+# Okabe & Ito's palette for all kinds of colour vision, without its yellow, which is too light for a line.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 DPI = 130
+FULL_COLOUR_DPI = 150
 _INKS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE)
 _TINTS, _SHADES = 30, 6  # of each ink towards white and towards black: edges of lines, and where lines cross
 _LEVELS = 32  # of each channel in the table of nearest colours
+
+
+@dataclass(frozen=True)
+class RenderedFigure:
+    """One figure as PNG bytes, with its file name (without .png), its title and its caption."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -52,6 +66,13 @@ def _palette() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     cube = np.stack(np.meshgrid(level, level, level, indexing="ij"), axis=-1).reshape(-1, 3)
     far = ((cube[:, None, :] - table[None, :, :].astype(np.float64)) ** 2).sum(axis=2)
     return table, far.argmin(axis=1).astype(np.uint8)
+
+
+def full_colour_png(figure: Figure) -> bytes:
+    """A figure as a PNG of all its colours, at 150 dpi; equal figures, equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=FULL_COLOUR_DPI, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def png(figure: Figure, dpi: int = DPI) -> bytes:

@@ -9,8 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from bitnet_ext.collapse.pages.figures.comparison import BLUE, VERMILLION, RenderedFigure
-from bitnet_ext.collapse.pages.figures.drawing import new_figure, png
+from bitnet_ext.collapse.pages.figures.drawing import BLUE, VERMILLION, RenderedFigure, new_figure, png
 from bitnet_ext.collapse.verdicts.judging import CE, MI, ContrastResult
 from bitnet_ext.collapse.verdicts.statistics import Estimate
 

@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bitnet_ext.collapse.pages.figures.comparison import (
+from bitnet_ext.collapse.pages.figures.drawing import (
     BLACK,
     BLUE,
     GREEN,
     ORANGE,
     VERMILLION,
     RenderedFigure,
+    new_figure,
+    png,
+    step_axis,
 )
-from bitnet_ext.collapse.pages.figures.drawing import new_figure, png, step_axis
-from bitnet_ext.collapse.results.files import Study
+from bitnet_ext.collapse.results import Study
 
 #: Arms of the figure, as far as they were run: the report's decay, a hundredth of it, decoupled, none.
 ARMS = ("standard-lr", "l2-0.001", "adamw", "no-decay")
