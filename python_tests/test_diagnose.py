@@ -1,7 +1,7 @@
 """``collapse diagnose``: planted troubles, each a real short training, and files that are cut, old or wrong.
 
-The thresholds of the rules were fixed before these runs were made; see the constants of diagnose_weights,
-diagnose_ternary and diagnose_course.
+The thresholds of the rules were fixed before these runs were made; see the constants of ``weights``, ``ternary`` and
+``course`` in bitnet_ext.collapse.diagnose.
 """
 
 from __future__ import annotations
