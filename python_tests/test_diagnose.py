@@ -1,7 +1,7 @@
 """``collapse diagnose``: planted troubles, each a real short training, and files that are cut, old or wrong.
 
-The thresholds of the rules were fixed before these runs were made; see the constants of diagnose_weights,
-diagnose_ternary and diagnose_course.
+The thresholds of the rules were fixed before these runs were made; see the constants of ``weights``, ``ternary`` and
+``course`` in bitnet_ext.collapse.diagnose.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from bitnet_ext.collapse.diagnose import NONE, UNKNOWN, Diagnosis, diagnose
-from bitnet_ext.collapse.diagnose_command import add_arguments, as_text, run
-from bitnet_ext.collapse.diagnose_inputs import initial_sizes, read_case
+from bitnet_ext.collapse.diagnose.command import add_arguments, as_text, run
+from bitnet_ext.collapse.diagnose.diagnosis import NONE, UNKNOWN, Diagnosis, diagnose
+from bitnet_ext.collapse.diagnose.inputs import read_case
+from bitnet_ext.collapse.diagnose.sizes import initial_sizes
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
 from bitnet_ext.data import load_corpus
 from bitnet_ext.data.statistics import unigram_log_probs

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from bitnet_ext.collapse.predictors import LastTokenPredictor, NetworkPredictor, continuations, sample_nucleus
+from bitnet_ext.collapse.instrument.predictors import (
+    LastTokenPredictor,
+    NetworkPredictor,
+    continuations,
+    sample_nucleus,
+)
 from bitnet_ext.inference import generate
 from bitnet_ext.metrics import continuation_metrics, heldout_prompts, zipf_exponent
 from bitnet_ext.models import BitNetForCausalLM, preset

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from bitnet_ext.collapse import instrument
-from bitnet_ext.collapse.instrument import InstrumentReport, instrument_check, jackknife_errors, judge
-from bitnet_ext.collapse.instrument_page import write_instrument
-from bitnet_ext.collapse.predictors import bigram_predictor, continuations
-from bitnet_ext.collapse.scales import HIGHER, HUMAN_LIKE, LOWER, Scale
+from bitnet_ext.collapse.instrument import command, judging
+from bitnet_ext.collapse.instrument.check import InstrumentReport, instrument_check
+from bitnet_ext.collapse.instrument.judging import judge
+from bitnet_ext.collapse.instrument.measuring import jackknife_errors
+from bitnet_ext.collapse.instrument.page import instrument_table, write_instrument
+from bitnet_ext.collapse.instrument.predictors import NetworkPredictor, bigram_predictor, continuations
+from bitnet_ext.collapse.instrument.scales import HIGHER, HUMAN_LIKE, LOWER, Scale
 from bitnet_ext.data.corpora import Corpus
 from bitnet_ext.data.statistics import token_counts, unigram_log_probs
 from bitnet_ext.models import BitNetForCausalLM, preset
@@ -116,13 +118,13 @@ def test_values_lie_in_their_attainable_ranges(report: InstrumentReport) -> None
 def test_counts_fail_and_cross_entropy_and_context_pass(report: InstrumentReport) -> None:
     found = {judgement.key: judgement for judgement in report.judgements}
     for key in ("unique_20_random", "argmax_vocabulary", "greedy_seq_rep_4"):
-        assert found[key].status == instrument.INVERTED
+        assert found[key].status == judging.INVERTED
         assert found[key].dead in {row["network"] for row in report.rows if row["kind"] == "dead"}
         assert found[key].healthy == "bigram"
     assert {"heldout_cross_entropy", "excess_over_unigram", "mutual_information", "accuracy"} <= set(
         report.usable
     )
-    assert found["final_gain_mean_abs"].status == instrument.DESCRIPTIVE
+    assert found["final_gain_mean_abs"].status == judging.DESCRIPTIVE
 
 
 def test_error_of_cross_entropy_is_that_of_the_row_means(report: InstrumentReport) -> None:
@@ -151,13 +153,13 @@ PAIR = [
 @pytest.mark.parametrize(
     ("better", "errors", "status"),
     [
-        (HIGHER, {}, instrument.INVERTED),
-        (LOWER, {}, instrument.USABLE),
-        (HUMAN_LIKE, {}, instrument.USABLE),
-        (None, {}, instrument.DESCRIPTIVE),
-        (HIGHER, {"good": {"planted": 1.2}, "bad": {"planted": 1.2}}, instrument.BLUNT),
-        (LOWER, {"bad": {"planted": 2.0}}, instrument.BLUNT),
-        (HIGHER, {"good": {"planted": 0.5}, "bad": {"planted": 0.5}}, instrument.INVERTED),
+        (HIGHER, {}, judging.INVERTED),
+        (LOWER, {}, judging.USABLE),
+        (HUMAN_LIKE, {}, judging.USABLE),
+        (None, {}, judging.DESCRIPTIVE),
+        (HIGHER, {"good": {"planted": 1.2}, "bad": {"planted": 1.2}}, judging.BLUNT),
+        (LOWER, {"bad": {"planted": 2.0}}, judging.BLUNT),
+        (HIGHER, {"good": {"planted": 0.5}, "bad": {"planted": 0.5}}, judging.INVERTED),
     ],
 )
 def test_a_planted_metric(better: str | None, errors: dict[str, dict[str, float]], status: str) -> None:
@@ -170,11 +172,11 @@ def test_a_planted_metric(better: str | None, errors: dict[str, dict[str, float]
 def test_the_worst_pair_decides() -> None:
     rows = [*PAIR, {"network": "other", "kind": "dead", "planted": 1.0}]
     (found,) = judge([_planted(HIGHER)], rows, {})
-    assert (found.status, found.dead) == (instrument.INVERTED, "bad")
+    assert (found.status, found.dead) == (judging.INVERTED, "bad")
     (found,) = judge([_planted(LOWER)], rows, {})
-    assert (found.status, found.dead, found.dead_value) == (instrument.INVERTED, "other", 1.0)
+    assert (found.status, found.dead, found.dead_value) == (judging.INVERTED, "other", 1.0)
     (found,) = judge([_planted(LOWER)], rows[:1], {})
-    assert found.status == instrument.UNMEASURED
+    assert found.status == judging.UNMEASURED
 
 
 def test_bigram_is_a_distribution_made_of_counts() -> None:
@@ -199,7 +201,7 @@ def test_files_and_table(report: InstrumentReport, tmp_path: Path) -> None:
     assert saved["rows"] == report.rows
     assert [judgement["key"] for judgement in saved["judgements"]] == [scale.key for scale in report.scales]
     assert paths[2].read_bytes().startswith(b"\x89PNG")
-    text = report.table().text()
+    text = instrument_table(report).text()
     line = next(line for line in text.splitlines() if line.startswith("unique of 20, random"))
     assert "not for verdicts: dead:" in line and line.rstrip().split()[-2] == "bigram"
     assert "Hurlbert" in paths[1].read_text()
@@ -221,7 +223,7 @@ def test_a_network_with_nan_is_measured_without_an_exception() -> None:
     model = BitNetForCausalLM(CONFIG, seed=5)
     with torch.no_grad():
         model.head_weight[3] = math.nan
-    sick = instrument.NetworkPredictor("sick", "dead", model)
+    sick = NetworkPredictor("sick", "dead", model)
     session = sick.session(2, 6)
     assert session is not None
     assert continuations(session, torch.ones(2, 3, dtype=torch.int64), 3) is None
@@ -229,8 +231,8 @@ def test_a_network_with_nan_is_measured_without_an_exception() -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    instrument.add_arguments(parser)
+    command.add_arguments(parser)
     args = parser.parse_args(["--data", str(tmp_path / "absent.txt"), "--out", str(tmp_path)])
     assert (args.model, args.eval_tokens, args.generation) == ("collapse-256", 4096, True)
-    assert instrument.run(args) == 2
+    assert command.run(args) == 2
     assert "absent.txt" in capsys.readouterr().err

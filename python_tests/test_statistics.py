@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from bitnet_ext.collapse.results import Study, read_study
-from bitnet_ext.collapse.statistics import (
+from bitnet_ext.collapse.verdicts.statistics import (
     differences,
     equivalence,
     holm,

@@ -14,18 +14,28 @@ from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from PIL import Image
 
-from bitnet_ext.collapse.block_effects import base_of
 from bitnet_ext.collapse.blocks import BLOCKS
-from bitnet_ext.collapse.drawing import new_figure, png
-from bitnet_ext.collapse.effect_plot import bands, effect_figure, signed
-from bitnet_ext.collapse.effects import block_figures, facets, styles
-from bitnet_ext.collapse.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
-from bitnet_ext.collapse.judging import CE, MI, ContrastResult
-from bitnet_ext.collapse.part_figures import part_figure
+from bitnet_ext.collapse.pages.factorial import Content
+from bitnet_ext.collapse.pages.factorial_tables import how_ended
+from bitnet_ext.collapse.pages.figures.curves import block_figures, facets, styles
+from bitnet_ext.collapse.pages.figures.drawing import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    new_figure,
+    png,
+)
+from bitnet_ext.collapse.pages.figures.effect_plot import bands, effect_figure, signed
+from bitnet_ext.collapse.pages.figures.parts import part_figure
+from bitnet_ext.collapse.pages.table import spread_text
 from bitnet_ext.collapse.results import Study, read_study
-from bitnet_ext.collapse.statistics import paired
-from bitnet_ext.collapse.study_page import Content, _ended
-from bitnet_ext.collapse.table import spread_text
+from bitnet_ext.collapse.verdicts.block_effects import base_of
+from bitnet_ext.collapse.verdicts.judging import CE, MI, ContrastResult
+from bitnet_ext.collapse.verdicts.statistics import paired
 
 INKS = (BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE)
 
@@ -201,6 +211,6 @@ def test_ranges_of_negative_numbers_can_be_read() -> None:
 
 
 def test_how_runs_ended_in_words() -> None:
-    assert _ended(["collapsed", None, "collapsed"]) == "collapsed"
-    assert _ended(["uniform", "collapsed", "collapsed"]) == "collapsed 2/3 (dead: uniform output 1/3)"
-    assert _ended([None]) == "\N{EN DASH}"
+    assert how_ended(["collapsed", None, "collapsed"]) == "collapsed"
+    assert how_ended(["uniform", "collapsed", "collapsed"]) == "collapsed 2/3 (dead: uniform output 1/3)"
+    assert how_ended([None]) == "\N{EN DASH}"

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from bitnet_ext import cli
-from bitnet_ext.collapse.block_effects import base_of, block_contrasts
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL
-from bitnet_ext.collapse.effects import facets
+from bitnet_ext.collapse.pages.factorial import Content, write_study_page
+from bitnet_ext.collapse.pages.figures.curves import facets
 from bitnet_ext.collapse.results import read_study
-from bitnet_ext.collapse.study_page import Content, write_study_page
 from bitnet_ext.collapse.verdicts import Verdict
+from bitnet_ext.collapse.verdicts.block_effects import base_of, block_contrasts
 
 LN_V = math.log(50257)
 MARKS = (1, 100, 1000, 2500, 4000)

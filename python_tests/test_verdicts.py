@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitnet_ext.collapse.clock import compare_clocks
-from bitnet_ext.collapse.judging import Evidence, amount, state_of
-from bitnet_ext.collapse.questions import CHANGES, STARTS, recovery_arm, width_arm
 from bitnet_ext.collapse.results import Study, read_study
-from bitnet_ext.collapse.solutions import LOSS_ARMS, SOLUTIONS, arms_on
-from bitnet_ext.collapse.statistics import holm
-from bitnet_ext.collapse.verdicts import FAMILIES, Verdict, contrasts, verdicts
+from bitnet_ext.collapse.verdicts import Verdict, verdicts
+from bitnet_ext.collapse.verdicts.answers import FAMILIES, contrasts
+from bitnet_ext.collapse.verdicts.clock import compare_clocks
+from bitnet_ext.collapse.verdicts.judging import Evidence, amount, state_of
+from bitnet_ext.collapse.verdicts.questions import CHANGES, STARTS, recovery_arm, width_arm
+from bitnet_ext.collapse.verdicts.solutions import LOSS_ARMS, SOLUTIONS, arms_on
+from bitnet_ext.collapse.verdicts.statistics import holm
 
 LN_V = math.log(50_257)
 UNIGRAM = 7.25

@@ -1,15 +1,19 @@
-"""The collapse laboratory.
+"""The collapse laboratory: why a small ternary model's predictions fall to two or three tokens, and what helps.
 
-What is run   ``arms``, ``blocks`` (the factorial study as data), ``study``, ``schedule``, ``workers``, ``runs``,
-              ``evaluator``
-What is read  ``results``, ``reading`` (how a run ended), ``statistics``, ``clock``
-What it says  ``verdicts`` from ``questions`` and ``solutions`` by the rules of ``judging``; ``findings`` and
-              ``contrasts`` for a small comparison
-How it looks  ``outputs`` chooses ``report`` (a small comparison) or ``study_page`` (blocks); ``page``, ``figures``,
-              ``effects`` (curves of a block), ``effect_plot`` with ``block_effects``, ``part_figures``, ``drawing``,
-              ``table``, ``glossary``
-The metrics   ``instrument`` checks them on the ``predictors`` of known health, with the ``scales`` of each
-One's own run ``diagnose`` and the modules named after it
+``command``     ``bitnet-ext collapse``
+``arms``        the arms: each a named change of the report's run
+``blocks``      the factorial study as data: blocks of arms, each with its question
+``study``       runs arms x seeds into one folder, resumably
+``schedule``    which run comes next; ``workers`` are the processes that share them
+``runs``        one run; ``evaluator`` is what is measured in it
+
+Packages, each of which needs only those above it (and ``instrument`` what ``evaluator`` measures with):
+
+``results``     what a study wrote, as data, and how its runs ended
+``diagnose``    which kind of trouble one run shows, of whatever training
+``verdicts``    what a study shows, by stated rules
+``pages``       what people look at: reports, tables, figures
+``instrument``  the metrics themselves, checked on predictors of known health
 """
 
 from __future__ import annotations

@@ -13,15 +13,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bitnet_ext.collapse import diagnose_command, instrument
 from bitnet_ext.collapse.arms import ARMS
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL
-from bitnet_ext.collapse.outputs import write_pages
+from bitnet_ext.collapse.diagnose import command as diagnose_command
+from bitnet_ext.collapse.instrument import command as instrument_command
+from bitnet_ext.collapse.pages import write_pages
+from bitnet_ext.collapse.pages.comparison_table import comparison_table
 from bitnet_ext.collapse.results import Study, read_study
 from bitnet_ext.collapse.runs import Task
 from bitnet_ext.collapse.study import StudyConfig, config_from_json, default_config, run_study
-from bitnet_ext.collapse.study_page import is_factorial
-from bitnet_ext.collapse.table import comparison_table
 from bitnet_ext.collapse.verdicts import verdicts
 from bitnet_ext.collapse.workers import StudyWorkerError
 from bitnet_ext.training import TrainingInterrupted
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         print(out)
         return 0
     study = read_study(out)
-    if is_factorial(study):
+    if study.is_factorial:
         _print_verdicts(study)
     else:
         print(comparison_table(study).text())
@@ -151,8 +151,8 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     diagnose_command.add_arguments(diagnose)
     diagnose.set_defaults(run_action=diagnose_command.run)
     check = commands.add_parser("instrument", help="check every metric on predictors of known health")
-    instrument.add_arguments(check)
-    check.set_defaults(run_action=instrument.run)
+    instrument_command.add_arguments(check)
+    check.set_defaults(run_action=instrument_command.run)
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -169,7 +169,7 @@ def run_report(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     study = read_study(args.folder)
-    if is_factorial(study):
+    if study.is_factorial:
         _print_verdicts(study)
     for path in pages.values():
         print(path)

@@ -22,7 +22,7 @@ import torch
 from bitnet_ext import build_info
 from bitnet_ext.collapse.arms import ARMS, Arm, get_arm
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL, HEADLINE, HEADLINE_EXTRA, arms_of
-from bitnet_ext.collapse.outputs import write_pages
+from bitnet_ext.collapse.pages import write_pages
 from bitnet_ext.collapse.runs import Task, corpus_of
 from bitnet_ext.collapse.schedule import Progress, Schedule
 from bitnet_ext.collapse.workers import run_schedule

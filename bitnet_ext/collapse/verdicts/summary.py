@@ -1,0 +1,139 @@
+"""What the arms of a small comparison come to together, in words, by stated rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bitnet_ext.collapse.results import Row, Study
+from bitnet_ext.collapse.results.status import (
+    DEAD,
+    RISE_NATS,
+    SAME_NATS,
+    STATUS,
+    UNDECIDED,
+    classify,
+    course,
+    get,
+    log_vocab,
+)
+from bitnet_ext.collapse.verdicts.contrasts import CONTRASTS
+from bitnet_ext.collapse.verdicts.findings import Finding
+from bitnet_ext.collapse.verdicts.wording import count
+
+
+def summary_findings(study: Study) -> list[Finding]:
+    """What the arms come to together: how each ended, and whether the count of tokens ranks them as the
+    loss does.
+    """
+    ln_v = log_vocab(study)
+    by_status: dict[str, list[str]] = {}
+    last_rows: list[tuple[str, Row]] = []
+    for arm in study.measured_arms:
+        rows = course(study, arm)
+        status = classify(rows, ln_v)
+        if status is not None:
+            by_status.setdefault(status, []).append(arm)
+        last_rows.append((arm, rows[-1]))
+    found = []
+    if by_status:
+        number = len(study.measured_arms)
+        parts = [
+            f"{STATUS[status][0]}: {', '.join(by_status[status])}" for status in STATUS if status in by_status
+        ]
+        text = (
+            f"{number} arm{'s' if number != 1 else ''} at the last evaluation. "
+            f"{'. '.join(map(_first_up, parts))}."
+        )
+        found.append(Finding("summary", "How the arms ended", text))
+    found.extend(_outcomes(study, ln_v))
+    ranking = _ranking(last_rows)
+    if ranking is not None:
+        found.append(ranking)
+    found.extend(_goodhart(study, ln_v))
+    seeds = max(len(study.leading(arm)) for arm in study.measured_arms)
+    if seeds == 1:
+        text = (
+            "Every arm was run with one seed, so there is no spread: a small difference between two "
+            "arms may be chance."
+        )
+        found.append(Finding("one-seed", "Seeds", text))
+    return found
+
+
+def _outcomes(study: Study, ln_v: float | None) -> list[Finding]:
+    """Which of the changes to an arm that collapsed went without a collapse, and which did not."""
+    found = []
+    for base in dict.fromkeys(contrast.base for contrast in CONTRASTS):
+        changed = [c.other for c in CONTRASTS if c.base == base and study.of(c.other)]
+        if not changed or not study.of(base) or classify(course(study, base), ln_v) not in DEAD:
+            continue
+        ends = {arm: classify(course(study, arm), ln_v) for arm in changed}
+        kept = [arm for arm in changed if ends[arm] not in (*DEAD, *UNDECIDED, None)]
+        fell = [arm for arm in changed if ends[arm] in DEAD]
+        parts = [f"no failure with {', '.join(kept)}"] if kept else []
+        parts += [f"failure all the same with {', '.join(fell)}"] if fell else []
+        if parts:
+            text = f"{base} failed. Of the arms that change it: {'; '.join(parts)}."
+            found.append(Finding(f"outcomes-{base}", f"What matters for {base}", text))
+    return found
+
+
+def _first_up(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _ranking(last_rows: Sequence[tuple[str, Row]]) -> Finding | None:
+    """Over pairs of arms: does more unique tokens go with a better held-out cross-entropy?"""
+    pairs = against = 0
+    for i, (_, a) in enumerate(last_rows):
+        for _, b in last_rows[i + 1 :]:
+            ua, ub = get(a, "unique_of_20"), get(b, "unique_of_20")
+            ca, cb = get(a, "heldout_cross_entropy"), get(b, "heldout_cross_entropy")
+            if ua is None or ub is None or ca is None or cb is None:
+                continue
+            if abs(ua - ub) >= 1 and abs(ca - cb) >= SAME_NATS:
+                pairs += 1
+                against += (ua - ub) * (ca - cb) > 0
+    if not pairs:
+        return None
+    text = (
+        f"Of {pairs} pair{'s' if pairs != 1 else ''} of arms that differ in both at the end, the arm with "
+        f"more unique tokens has the worse held-out cross-entropy in {against}."
+    )
+    if 2 * against > pairs:
+        text += (
+            " In this study the count is no measure of how good a model is; it rather points the wrong way."
+        )
+        return Finding("ranking-against", "The count as a measure", text)
+    if against:
+        return Finding(
+            "ranking-mixed", "The count as a measure", text + " The two measures agree only in part."
+        )
+    return Finding(
+        "ranking-agrees", "The count as a measure", text + " Here both measures rank the arms alike."
+    )
+
+
+def _goodhart(study: Study, ln_v: float | None) -> list[Finding]:
+    """The arm with the highest count, when it is dead while an arm with a lower count is not."""
+    ends = []
+    for arm in study.measured_arms:
+        rows = course(study, arm)
+        unique, status = get(rows[-1], "unique_of_20"), classify(rows, ln_v)
+        if unique is not None and status is not None:
+            ends.append((unique, arm, status))
+    if len(ends) < 2:
+        return []
+    unique, arm, status = max(ends, key=lambda end: end[0])
+    better = [end for end in ends if end[2] == "alive" and end[0] + RISE_NATS < unique]
+    if status not in DEAD or not better:
+        return []
+    low, alive, _ = min(better, key=lambda end: end[0])
+    return [
+        Finding(
+            "highest-count-dead",
+            "The highest count",
+            f"{arm} ends with the highest count, {count(unique)} of 20, and is {STATUS[status][0]}; {alive} "
+            f"counts {count(low)} and is alive.",
+        )
+    ]
