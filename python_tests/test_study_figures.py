@@ -95,6 +95,7 @@ def test_all_inks_of_a_figure_stay_apart() -> None:
         ([1.0, 1.1, 0.9, 1.05, 0.95, 1.0], CE, VERMILLION),
         ([1.0, 1.1, 0.9, 1.05, 0.95, 1.0], MI, BLUE),
         ([1.0, -1.1, 0.9, -1.05, 0.95, -1.0], CE, None),
+        ([-1.0, -1.1, -0.9, -1.05, -0.95], CE, None),  # fewer seeds than a verdict needs
         ([-1.0], CE, None),
     ],
 )

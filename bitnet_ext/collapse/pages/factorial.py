@@ -38,6 +38,7 @@ from bitnet_ext.collapse.verdicts.block_effects import block_contrasts
 from bitnet_ext.collapse.verdicts.judging import STATE_RULE
 from bitnet_ext.collapse.verdicts.wording import nats, unfinished_text
 
+_NAMED_ARMS = 8  # of a study that is not finished
 _SHOWN = 4  # reasons of a verdict that are in view without a click
 _TONE = {"supported": " good", "refuted": " bad"}
 
@@ -154,10 +155,11 @@ class Content:
         missing = self.study.unfinished
         if not missing:
             return ""
-        arms = dict.fromkeys(arm for arm, *_ in missing)
+        arms = list(dict.fromkeys(arm for arm, *_ in missing))
+        more = f" and {len(arms) - _NAMED_ARMS} more" if len(arms) > _NAMED_ARMS else ""
         return (
             f"This study is not finished: {len(missing)} of {len(missing) + self._finished()} runs are missing or "
-            f"incomplete (arms {', '.join(arms)}). What follows is what there is."
+            f"incomplete (arms {', '.join(arms[:_NAMED_ARMS])}{more}). What follows is what there is."
             if len(missing) > 6
             else "This study is not finished: "
             + "; ".join(unfinished_text(*entry) for entry in missing)

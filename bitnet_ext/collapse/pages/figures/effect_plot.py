@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from bitnet_ext.collapse.pages.figures.drawing import BLUE, VERMILLION, RenderedFigure, new_figure, png
 from bitnet_ext.collapse.verdicts.judging import CE, MI, ContrastResult
-from bitnet_ext.collapse.verdicts.statistics import Estimate
+from bitnet_ext.collapse.verdicts.statistics import MIN_SEEDS, Estimate
 
 #: How to read the figure, for its caption.
 READING = (
     "Dot and bar: mean difference and its 95 % interval (BCa bootstrap over seeds); faint dots: seeds. Blue circle: "
     "the whole interval is better than the base (lower cross-entropy, more use of context); orange square: worse; grey "
-    "diamond: the interval holds 0, or there are fewer than two seeds, so no direction is shown. At the right the mean "
+    "diamond: the interval holds 0, or there are fewer than six seeds, so no direction is shown. At the right the mean "
     "with its interval, the number of seeds, and p of the exact sign-flip test, Holm-adjusted over the block. Bands "
     "have scales of their own."
 )
@@ -148,8 +148,8 @@ def _band(axis: Any, results: Sequence[ContrastResult | None], key: str) -> None
 
 
 def _mark(e: Estimate, key: str) -> tuple[str, str]:
-    """Colour and marker: a direction only where the whole interval has it."""
-    if e.low is None or e.high is None or e.low <= 0 <= e.high:
+    """Colour and marker: a direction only where the whole interval has it, of as many seeds as a verdict needs."""
+    if e.n < MIN_SEEDS or e.low is None or e.high is None or e.low <= 0 <= e.high:
         return _GREY, "D"
     better = e.high < 0 if key == CE else e.low > 0
     return (BLUE, "o") if better else (VERMILLION, "s")
