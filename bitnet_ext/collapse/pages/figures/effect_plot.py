@@ -139,7 +139,7 @@ def _band(axis: Any, results: Sequence[ContrastResult | None], key: str) -> None
                 color="#333333",
             )
     axis.set_ylim(len(results) - 0.4, -0.6)
-    axis.locator_params(axis="x", nbins=5)
+    axis.locator_params(axis="x", nbins=3)  # their numbers stand apart also with two decimals and a sign
     axis.tick_params(axis="x", labelsize=8.5, length=2, pad=2)
     axis.tick_params(axis="y", labelsize=9, length=0)
     axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
