@@ -78,7 +78,7 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("optimizer", ["adam_l2", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adam_l2", "adamw", "sgd_l2"])
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("few_prompts")

@@ -11,8 +11,8 @@ import torch
 from test_train_step import BAD, Poisoned
 from test_trainer import CONFIG, VOCAB, model
 
+from bitnet_ext.training.adam import FusedAdam
 from bitnet_ext.training.distributed import World
-from bitnet_ext.training.optimizer import FusedAdam
 from bitnet_ext.training.step import UNROLLED_STEPS, NonFiniteGradientError, TrainStep
 
 STEPS = 4 * UNROLLED_STEPS

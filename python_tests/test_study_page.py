@@ -134,9 +134,10 @@ def test_every_arm_has_a_base_in_its_block() -> None:
         without = {arm for arm, base in bases.items() if base is None}
         assert without <= {"standard-lr", "adamw", "books-l2", "wd-to-0.05"} | {
             f"from-{s}-continue" for s in (350, 1100, 4000)
-        }
+        } | {"sgd-no-decay", "sgd-no-decay-lr-0.5"}
     assert base_of("fp-l2-0.01", BLOCKS["B"].arms) == "l2-0.01"
     assert base_of("from-350-adamw", BLOCKS["D"].arms) == "from-350-continue"
+    assert base_of("sgd-l2-lr-0.5", BLOCKS["B2"].arms) == "sgd-no-decay-lr-0.5"
     assert base_of("smoothing-0.1-adamw", BLOCKS["C"].arms) == "adamw"
 
 

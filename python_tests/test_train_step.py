@@ -14,10 +14,9 @@ from test_trainer import CONFIG, lines, model, stream, weights
 
 from bitnet_ext import ops
 from bitnet_ext.nn import WeightCache, weight_caches
-from bitnet_ext.training import Trainer, TrainingDivergedError, read_checkpoint
+from bitnet_ext.training import Trainer, TrainingDivergedError, make_optimizer, read_checkpoint
 from bitnet_ext.training import trainer as trainer_module
 from bitnet_ext.training.distributed import World
-from bitnet_ext.training.optimizer import FusedAdam
 from bitnet_ext.training.step import NonFiniteGradientError, TrainStep
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -38,7 +37,7 @@ class Poisoned(TrainStep):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize("optimizer", ["adam_l2", "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adam_l2", "adamw", "muon", "sgd_l2"])
 def test_a_bad_gradient_is_named_and_changes_nothing(
     device: str, graph: bool, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +71,7 @@ def test_a_bad_gradient_is_named_and_changes_nothing(
 def runner(device: str, **settings: Any) -> tuple[TrainStep, np.ndarray]:
     config = dataclasses.replace(CONFIG, **settings)
     net = model().to(device)
-    step = TrainStep(net, FusedAdam(net, config), config, torch.device(device), World())
+    step = TrainStep(net, make_optimizer(net, config), config, torch.device(device), World())
     rows = np.random.default_rng(0).integers(0, 101, (4, config.batch_size, config.seq_len + 1))
     return step, rows
 
@@ -84,7 +83,17 @@ def run(step: TrainStep, rows: np.ndarray, start: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"cuda_graph": False}, {"optimizer": "muon"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"accumulation": 2},
+        {"cuda_graph": False},
+        {"optimizer": "muon"},
+        {"optimizer": "sgd_l2"},
+        {"optimizer": "adam_l2", "decay_before_clip": True},
+    ],
+)
 def test_kept_codes_change_no_bit(
     device: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +156,7 @@ def test_evaluation_between_steps_uses_the_codes(device: str, monkeypatch: pytes
 def test_no_step_of_a_block_after_the_bad_one_counts() -> None:
     config = dataclasses.replace(CONFIG, steps=40)
     net = model().cuda()
-    step = Poisoned(net, FusedAdam(net, config), config, torch.device("cuda"), World())
+    step = Poisoned(net, make_optimizer(net, config), config, torch.device("cuda"), World())
     rows = np.random.default_rng(0).integers(0, 101, (20, config.batch_size, config.seq_len + 1))
     with pytest.raises(NonFiniteGradientError) as caught:
         step.run(0, rows)

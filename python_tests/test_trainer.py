@@ -94,6 +94,8 @@ def test_it_learns(device: str, precision: str, quantization: str, tmp_path: Pat
         {"output_l2": 1e-3},
         {"z_loss": 1e-3},
         {"optimizer": "adam_l2", "decay_norms": True},
+        {"optimizer": "adam_l2", "decay_before_clip": True},
+        {"optimizer": "sgd_l2", "lr": 0.3},
         {"grad_clip": None, "decay_embeddings": False},
         {"sampling": "sequential"},
     ],

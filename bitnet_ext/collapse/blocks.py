@@ -21,6 +21,8 @@ _LONG, _STEPS, _SHORT = 4_000, 3_000, 2_500
 #: Steps of the standard run from whose checkpoints block D goes on: cumulative learning rates of about 0.25, 1.4, 5.3.
 RECOVERY_STARTS = (350, 1_100, 4_000)
 RECOVERY_STEPS = 1_000
+#: Learning rate at which SGD trains this network, which it does not at Adam's.
+SGD_RATE = 0.5
 #: Arms of the contrasts that matter most, which are given more seeds.
 HEADLINE = ("standard-lr", "adamw", "no-decay", "fp-twin", "fp-twin-adamw")
 #: Seeds that a headline arm has beyond the others'.
@@ -112,6 +114,24 @@ def _details() -> Iterator[Arm]:
         "standard-lr", "beta2-0.999", "Adam's beta2 0.999 instead of 0.95", beta2=0.999, arm_steps=_SHORT
     )
     yield _changed("standard-lr", "eps-1e-5", "Adam's eps 1e-5 instead of 1e-8", eps=1e-5, arm_steps=_SHORT)
+    yield _changed(
+        "standard-lr",
+        "l2-before-clip",
+        "L2 added to the gradient before it is clipped",
+        decay_before_clip=True,
+        arm_steps=_SHORT,
+    )
+    for lr, suffix, words in ((1.5e-3, "", ""), (SGD_RATE, f"-lr-{SGD_RATE:g}", f", LR {SGD_RATE:g}")):
+        for decay, name in ((0.1, "l2"), (0.0, "no-decay")):
+            yield _changed(
+                "standard-lr",
+                f"sgd-{name}{suffix}",
+                f"SGD with momentum {'and L2 of 0.1' if decay else 'without weight decay'}{words}",
+                optimizer="sgd_l2",
+                lr=lr,
+                weight_decay=decay,
+                arm_steps=_SHORT,
+            )
 
 
 def _solutions() -> Iterator[Arm]:
@@ -252,7 +272,8 @@ BLOCKS: dict[str, Block] = {
         Block(
             "B2",
             "Details of the optimiser",
-            "Do Adam's constants matter, and does decay on gains matter once it is decoupled?",
+            "Do Adam's constants matter, clipping after the L2 term, L2 without Adam, and decay on gains once it is "
+            "decoupled?",
             ("standard-lr", "adamw", *_DETAILS),
         ),
         Block(

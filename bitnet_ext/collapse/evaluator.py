@@ -15,8 +15,8 @@ from bitnet_ext import metrics
 from bitnet_ext.inference import generate
 from bitnet_ext.metrics.generation import NEW_TOKENS
 from bitnet_ext.models import BitNetForCausalLM
-from bitnet_ext.training import EvaluatedStep
-from bitnet_ext.training.optimizer import FusedAdam, parameter_group
+from bitnet_ext.training import EvaluatedStep, FusedAdam, Optimizer
+from bitnet_ext.training.optimizer import parameter_group
 
 #: Seed of the random prompts, the same for every run of every study.
 PROMPT_SEED = 20
@@ -125,7 +125,7 @@ class CollapseEvaluator:
         return result
 
     @torch.no_grad()
-    def _measure(self, model: BitNetForCausalLM, optimizer: FusedAdam) -> metrics.Measurement:
+    def _measure(self, model: BitNetForCausalLM, optimizer: Optimizer) -> metrics.Measurement:
         codes = metrics.packed_codes(model)
         unique = metrics.measure_unique(model, self._prompts, 20)
         return metrics.combine(
@@ -159,24 +159,26 @@ class CollapseEvaluator:
             for name, temperature, top_p in (("greedy", 0.0, None), ("nucleus", 1.0, NUCLEUS))
         }
 
-    def _decay_terms(self, optimizer: FusedAdam) -> dict[str, list[metrics.DecayTerms]]:
+    def _decay_terms(self, optimizer: Optimizer) -> dict[str, list[metrics.DecayTerms]]:
         """What the step's decay competed with, by groups of parameters."""
         clip, decay, correction1, correction2 = self._facts.unbind()
-        coupled = optimizer.config.optimizer == "adam_l2"
+        config = optimizer.config
         groups: dict[str, list[metrics.DecayTerms]] = {name: [] for name in _GROUPS.values()}
         for name, p in optimizer.named.items():
-            if (
-                name not in self._before or name not in optimizer.exp_avg
-            ):  # of Muon: no Adam step to compare with
+            if name not in self._before:
                 continue
-            if coupled:
+            scale: Tensor | None = None
+            if config.decay_is_coupled:
                 if p.grad is None:
                     continue
-                rival, scale = p.grad, clip
+                # Clipped with the decay in it, the gradient is scaled as the decay is.
+                rival, scale = p.grad, None if config.decay_before_clip else clip
             else:
+                if not isinstance(optimizer, FusedAdam) or name not in optimizer.exp_avg:
+                    continue  # of Muon: no Adam step to compare with
                 m = optimizer.exp_avg[name] / correction1
                 v = optimizer.exp_avg_sq[name] / correction2
-                rival, scale = m / (v.sqrt_() + optimizer.config.eps), None
+                rival = m / (v.sqrt_() + config.eps)
             wd = decay if optimizer.decays[name] else 0.0
             terms = metrics.DecayTerms(self._before[name], wd, rival, scale)
             groups[_GROUPS[parameter_group(name, p)]].append(terms)

@@ -2,8 +2,8 @@
 
 Coupled decay (L2 in the gradient, ``torch.optim.Adam(weight_decay=...)``) adds wd * w to the clipped gradient before
 Adam divides by its running size, so where |wd * w| is the larger, the parameter moves by about -lr * sign(w) whatever
-wd is. Decoupled decay (AdamW, Loshchilov & Hutter 2019, arXiv:1711.05101) moves it by -lr * wd * w beside Adam's own
-step -lr * m / (sqrt(v) + eps).
+wd is; under SGD by -lr * wd * w. Clipped with the gradient, it is scaled as the gradient is. Decoupled decay (AdamW,
+Loshchilov & Hutter 2019, arXiv:1711.05101) moves it by -lr * wd * w beside Adam's own step -lr * m / (sqrt(v) + eps).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Training of ternary language models and their full-precision twins."""
 
+from bitnet_ext.training.adam import FusedAdam
 from bitnet_ext.training.checkpoint import CheckpointError, load_model, read_checkpoint
 from bitnet_ext.training.config import TrainConfig
-from bitnet_ext.training.optimizer import FusedAdam
+from bitnet_ext.training.optimizer import Optimizer
 from bitnet_ext.training.schedules import learning_rates, weight_decays
 from bitnet_ext.training.together import advance_together
 from bitnet_ext.training.trainer import (
@@ -12,12 +13,14 @@ from bitnet_ext.training.trainer import (
     TrainingDivergedError,
     TrainingInterrupted,
 )
+from bitnet_ext.training.update_rules import make_optimizer
 
 __all__ = [
     "CheckpointError",
     "EvaluatedStep",
     "Evaluator",
     "FusedAdam",
+    "Optimizer",
     "TrainConfig",
     "Trainer",
     "TrainingDivergedError",
@@ -25,6 +28,7 @@ __all__ = [
     "advance_together",
     "learning_rates",
     "load_model",
+    "make_optimizer",
     "read_checkpoint",
     "weight_decays",
 ]

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-OPTIMIZERS = ("adam_l2", "adamw", "muon")
+OPTIMIZERS = ("adam_l2", "adamw", "muon", "sgd_l2")
+#: Those whose weight decay is L2 in the gradient.
+COUPLED = ("adam_l2", "sgd_l2")
 LR_SCHEDULES = ("constant", "linear", "cosine", "two-stage", "report")
 WD_SCHEDULES = ("constant", "two-stage", "cosine-then-off")
 PRECISIONS = ("fp32", "bf16")
@@ -34,11 +36,14 @@ class TrainConfig:
             :func:`bitnet_ext.ops.bit_linear`.
 
         optimizer: "adam_l2", L2 in the gradient as ``torch.optim.Adam(weight_decay=...)``, "adamw",
-            decoupled decay, or "muon" (:class:`bitnet_ext.training.muon.Muon`) for the matrices between
-            embedding and head with "adamw" for all else.
-        lr, beta1, beta2, eps, weight_decay: of the optimiser.
+            decoupled decay, "muon" (:class:`bitnet_ext.training.muon.Muon`) for the matrices between
+            embedding and head with "adamw" for all else, or "sgd_l2", ``torch.optim.SGD(momentum, weight_decay)``.
+        lr, weight_decay: of the optimiser.
+        beta1, beta2, eps: of Adam. momentum: of SGD.
         muon_lr: peak learning rate of Muon's matrices, which follow the schedule of lr.
         muon_momentum: of Muon.
+        decay_before_clip: whether the L2 term is in the gradient before its norm is clipped, instead of added to the
+            clipped gradient; only with "adam_l2" and "sgd_l2". "grad_norm" is then that of the sum.
         decay_norms: whether weight decay reaches norm gains and biases (all 1-D parameters).
         decay_embeddings: whether it reaches the embedding and the output head.
         decay_only: the groups that weight decay reaches, separated by commas, instead of what the two before say:
@@ -83,6 +88,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
+    momentum: float = 0.9
+    decay_before_clip: bool = False
     decay_norms: bool = False
     decay_embeddings: bool = True
     decay_only: str | None = None
@@ -134,10 +141,15 @@ class TrainConfig:
         for name in ("lr", "muon_lr", "weight_decay", "wd_second", "eps", "lr_final"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "finite and >= 0")
-        for name in ("beta1", "beta2", "muon_momentum", "label_smoothing"):
+        for name in ("beta1", "beta2", "muon_momentum", "momentum", "label_smoothing"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("z_loss", "entropy_weight", "diversity_weight", "output_l2"):
             self._require(name, math.isfinite(getattr(self, name)), "finite")
+        self._require(
+            "decay_before_clip",
+            not self.decay_before_clip or self.decay_is_coupled,
+            f"False unless optimizer is one of {', '.join(COUPLED)} (it is {self.optimizer!r})",
+        )
         groups = [] if self.decay_only is None else self.decay_only.split(",")
         self._require(
             "decay_only",
@@ -150,6 +162,11 @@ class TrainConfig:
     def _require(self, name: str, condition: bool, accepted: str) -> None:
         if not condition:
             raise ValueError(f"TrainConfig: {name} must be {accepted}, got {getattr(self, name)!r}")
+
+    @property
+    def decay_is_coupled(self) -> bool:
+        """Whether weight decay is L2 in the gradient."""
+        return self.optimizer in COUPLED
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,9 +1,10 @@
-"""The optimiser of the Trainer: clipping, the update and the new ternary codes, in four launches on CUDA."""
+"""What the Trainer's optimisers share: parameters, gradients, weight decay, clipping, and the codes to keep."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+import abc
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from bitnet_ext import ops
 from bitnet_ext.ops import QuantizedWeight
 from bitnet_ext.training.config import TrainConfig
-from bitnet_ext.training.muon import Muon
 
 
 def parameter_group(name: str, p: Tensor) -> str:
@@ -31,37 +31,39 @@ class RowGradient(NamedTuple):
     slots: Tensor
 
 
-class FusedAdam:
-    """`adam_l2`, `adamw` or `muon` over all parameters at once.
+class Optimizer(abc.ABC):
+    """All parameters of a model at once; a subclass has the rule that updates them.
 
-    Learning rate, weight decay and bias corrections are read from a device tensor at every step, so a
-    captured CUDA graph follows the schedule. With `muon` the matrices between embedding and head go through
-    :class:`Muon`, all else through AdamW.
-
-    A gradient with NaN or Inf stops all further updates, without a word to the host: parameters and moments
+    Learning rate and weight decay are read from a device tensor at every step, so a captured CUDA graph follows the
+    schedule. A gradient with NaN or Inf stops all further updates, without a word to the host: parameters and moments
     stay those of the last good step. :meth:`first_bad_step` says when it happened and where.
+
+    A step is :meth:`zero_grad`, a backward, :meth:`add_decay`, :meth:`grad_norm_and_scale`, :meth:`step`.
 
     Args:
         model: every parameter that requires a gradient is optimised; float32.
-        config: optimizer, betas, eps, muon_momentum, decay_norms, decay_embeddings, decay_only and grad_clip are
-            used.
+        config: optimizer, decay_norms, decay_embeddings, decay_only, decay_before_clip, grad_clip and what the rule
+            has are used.
     """
 
+    #: Values of ``TrainConfig.optimizer`` that the rule is for.
+    optimizers: ClassVar[tuple[str, ...]]
+
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        own = type(self).__name__
+        if config.optimizer not in self.optimizers:
+            raise ValueError(
+                f"{own}: optimizer must be one of {', '.join(self.optimizers)}, got {config.optimizer!r}"
+            )
         self.config = config
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.named:
-            raise ValueError("FusedAdam: model must have parameters that require a gradient, it has none")
+            raise ValueError(f"{own}: model must have parameters that require a gradient, it has none")
         for name, p in self.named.items():
             if p.dtype != torch.float32:
-                raise ValueError(f"FusedAdam: parameter {name} must be float32, got {p.dtype}")
+                raise ValueError(f"{own}: parameter {name} must be float32, got {p.dtype}")
         #: Whether weight decay reaches a parameter, by name.
         self.decays = {name: self._decays(name, p) for name, p in self.named.items()}
-        matrices = {name: p for name, p in self.named.items() if self._is_inner_matrix(name, p)}
-        self._muon = Muon(matrices, config.muon_momentum) if config.optimizer == "muon" and matrices else None
-        self._by_adam = [name for name in self.named if self._muon is None or name not in matrices]
-        self.exp_avg = {name: torch.zeros_like(self.named[name]) for name in self._by_adam}
-        self.exp_avg_sq = {name: torch.zeros_like(self.named[name]) for name in self._by_adam}
         device = next(iter(self.named.values())).device
         self._latch = torch.zeros(2 + len(self.named), dtype=torch.float64, device=device)
         self._latch[0] = -1.0
@@ -69,14 +71,28 @@ class FusedAdam:
         self._clipped: list[str] = []  # names behind the entries of the latch
         self._sparse: Tensor | None = None  # the sparse gradient, if there is one, and what it was made to
         self.row_gradient: RowGradient | None = None
+        self._decayed: dict[str, Tensor] | None = None  # gradients with the L2 term, of add_decay
         self._groups: list[list[Tensor]] = []
         self._codes: list[QuantizedWeight] = []
         self._ternary: list[str] = []  # names of the weights of the groups, in order
-        self._abs_sums: Tensor | None = None
 
-    @staticmethod
-    def _is_inner_matrix(name: str, p: Tensor) -> bool:
-        return p.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
+    @property
+    @abc.abstractmethod
+    def takes_rows(self) -> bool:
+        """Whether one gradient may be sparse in its rows, as of an ``nn.Embedding(sparse=True)``."""
+
+    @abc.abstractmethod
+    def step(self, hyper: Tensor, grad_scale: Tensor) -> None:
+        """One update, and the new codes.
+
+        Args:
+            hyper: float32 [5], a row of :func:`bitnet_ext.training.schedules.hyper_table`.
+            grad_scale: of :meth:`grad_norm_and_scale`.
+        """
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The moments, by flat names, for a checkpoint."""
 
     def _decays(self, name: str, p: nn.Parameter) -> bool:
         group = parameter_group(name, p)
@@ -93,18 +109,38 @@ class FusedAdam:
         names = {id(p): name for name, p in self.named.items()}
         self._groups, self._codes = [list(group) for group in groups], list(codes)
         self._ternary = [names[id(w)] for group in groups for w in group]
-        by_adam = self._ternary and set(self._ternary) <= set(self._by_adam)
-        self._abs_sums = ops.abs_sums_like([w for group in groups for w in group]) if by_adam else None
 
-    def refresh_codes(self) -> None:
-        """Quantises the groups of :meth:`keep_codes` from the parameters as they are."""
+    def refresh_codes(self, abs_sums: Tensor | None = None) -> None:
+        """Quantises the groups of :meth:`keep_codes` from the parameters as they are.
+
+        abs_sums: the sums of their magnitudes, where they are known (:func:`bitnet_ext.ops.adam_step_`).
+        """
         if self._groups:
-            ops.quantize_weight_groups_(self._groups, self._codes)
+            ops.quantize_weight_groups_(self._groups, self._codes, abs_sums)
 
     def zero_grad(self) -> None:
         for p in self.named.values():
             p.grad = None
-        self._sparse, self.row_gradient = None, None
+        self._sparse, self.row_gradient, self._decayed = None, None, None
+
+    @torch.no_grad()
+    def add_decay(self, weight_decay: Tensor) -> None:
+        """With decay_before_clip adds weight_decay * p to the gradients that are clipped; else does nothing.
+
+        The parameters' ``grad`` stay those of the loss.
+
+        Args:
+            weight_decay: float32 [] on the device.
+        """
+        if not self.config.decay_before_clip:
+            return
+        grads = self._dense_gradients()
+        names = [name for name in grads if self.decays[name]]
+        if names:
+            sums = torch._foreach_mul([self.named[name].detach() for name in names], weight_decay)
+            torch._foreach_add_(sums, [grads[name] for name in names])
+            grads |= zip(names, sums, strict=True)
+        self._decayed = grads
 
     def grad_norm_and_scale(
         self, step: Tensor | None = None, known: tuple[str, Tensor] | None = None
@@ -114,7 +150,7 @@ class FusedAdam:
         The factor is NaN from the first step on whose norm is not finite; `step` int64 [1] is the step's number.
         known: a parameter's name and :func:`bitnet_ext.ops.square_partials` of its gradient.
         """
-        grads = self.gradients()
+        grads = self._clipped_gradients()
         self._clipped = list(grads)
         return ops.clip_gradients_(
             list(grads.values()),
@@ -133,7 +169,7 @@ class FusedAdam:
         by_rows = [name for name, grad in grads.items() if grad.is_sparse]
         if len(by_rows) > 1:
             raise ValueError(
-                f"FusedAdam: at most one gradient may be sparse, got those of {', '.join(by_rows)}"
+                f"{type(self).__name__}: at most one gradient may be sparse, got those of {', '.join(by_rows)}"
             )
         if not by_rows:
             self._sparse, self.row_gradient = None, None
@@ -146,6 +182,25 @@ class FusedAdam:
         if self.row_gradient is not None:
             grads[self.row_gradient.name] = self.row_gradient.sums
         return grads
+
+    def _dense_gradients(self) -> dict[str, Tensor]:
+        grads = self.gradients()
+        if self.row_gradient is not None:
+            raise ValueError(
+                f"{type(self).__name__}: with optimizer {self.config.optimizer!r} and decay_before_clip "
+                f"{self.config.decay_before_clip} gradients must be dense, that of {self.row_gradient.name} is sparse"
+            )
+        return grads
+
+    def _clipped_gradients(self) -> dict[str, Tensor]:
+        """The gradients that grad_scale is for: with decay_before_clip those of add_decay."""
+        if not self.config.decay_before_clip:
+            return self.gradients()
+        if self._decayed is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: with decay_before_clip add_decay comes before clipping"
+            )
+        return self._decayed
 
     def first_bad_step(self) -> tuple[int, list[str]] | None:
         """The number of the first step whose gradient norm was not finite, and the parameters whose gradient
@@ -160,127 +215,9 @@ class FusedAdam:
         """Lets updates happen again after a gradient that was not finite."""
         self._latch[0] = -1.0
 
-    def step(self, hyper: Tensor, grad_scale: Tensor, *, without: Collection[str] = ()) -> None:
-        """One update, and the new codes.
-
-        Gradients may be dense, and one of them sparse in its rows, as of an ``nn.Embedding(sparse=True)``.
-
-        Args:
-            hyper: float32 [5], a row of :func:`bitnet_ext.training.schedules.hyper_table`; with Adam the first
-                four suffice.
-            grad_scale: of :meth:`grad_norm_and_scale`.
-            without: parameters that are updated elsewhere; none of them ternary.
-        """
-        if self._muon is not None:
-            self._muon.step(hyper[4], hyper[1], grad_scale)
-        sums = self._abs_sums
-        grads = self.gradients()
-        if not grads.keys() >= set(self._ternary):
-            sums = None  # not every weight goes through the update
-        # Ternary weights in the order of their groups, first: their blocks are the longest.
-        first = [] if sums is None else self._ternary
-        rest = [name for name in self._by_adam if name not in set(first)]
-        names = [name for name in [*first, *rest] if name in grads and name not in without]
-        row_gradient = self.row_gradient
-        if row_gradient is not None and row_gradient.name in without:
-            row_gradient = None
-        if names:
-            ops.adam_step_(
-                [self.named[name].detach() for name in names],
-                [grads[name] for name in names],
-                [self.exp_avg[name] for name in names],
-                [self.exp_avg_sq[name] for name in names],
-                hyper[:4],
-                grad_scale,
-                beta1=self.config.beta1,
-                beta2=self.config.beta2,
-                eps=self.config.eps,
-                decoupled=self._decoupled,
-                decay=[self.decays[name] for name in names],
-                ternary=[i < len(first) for i in range(len(names))],
-                abs_sums=sums,
-                slots=None if row_gradient is None else row_gradient.slots,
-                row_param=-1 if row_gradient is None else names.index(row_gradient.name),
-            )
-        if self._groups:
-            ops.quantize_weight_groups_(self._groups, self._codes, sums)
-
-    def step_rows(self, ids: Tensor, place: Tensor, hyper: Tensor, grad_scale: Tensor) -> None:
-        """The update of the rows `ids` int64 [T] of the parameter of `row_gradient`.
-
-        place: :func:`bitnet_ext.ops.row_slots` of ids, which tells :meth:`step_beside` what was done here.
-        """
-        assert self.row_gradient is not None
-        name, sums, slots = self.row_gradient
-        ops.adam_rows_(
-            self.named[name].detach(),
-            sums,
-            self.exp_avg[name],
-            self.exp_avg_sq[name],
-            ids,
-            place,
-            slots,
-            hyper[:4],
-            grad_scale,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            eps=self.config.eps,
-            decoupled=self._decoupled,
-            decay=self.decays[name],
-        )
-
-    def step_beside(
-        self,
-        grads: dict[str, Tensor],
-        rows: tuple[RowGradient, slice, Tensor] | None,
-        hyper: Tensor,
-        grad_scale: Tensor,
-        num_blocks: int,
-    ) -> None:
-        """The update of large parameters that are not ternary, in a launch that leaves room for other streams.
-
-        Args:
-            grads: dense, by name.
-            rows: a gradient by rows, which rows of its parameter to update, and where :meth:`step_rows` was.
-            num_blocks: of the launch.
-        """
-        whole = slice(None)
-        parts = [(name, whole, grad) for name, grad in grads.items()]
-        if rows is not None:
-            parts.append((rows[0].name, rows[1], rows[0].sums))
-        ops.adam_step_(
-            [self.named[name].detach()[part] for name, part, _ in parts],
-            [grad for *_, grad in parts],
-            [self.exp_avg[name][part] for name, part, _ in parts],
-            [self.exp_avg_sq[name][part] for name, part, _ in parts],
-            hyper[:4],
-            grad_scale,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            eps=self.config.eps,
-            decoupled=self._decoupled,
-            decay=[self.decays[name] for name, *_ in parts],
-            slots=None if rows is None else rows[0].slots[rows[1]],
-            row_param=-1 if rows is None else len(parts) - 1,
-            done=None if rows is None else rows[2][rows[1]],
-            num_blocks=num_blocks,
-        )
-
-    @property
-    def _decoupled(self) -> bool:
-        return self.config.optimizer != "adam_l2"
-
     def mark_changed(self) -> None:
         """Counts an update in the tensors' version counters, which a replayed graph does not do."""
         torch.autograd.graph.increment_version([*self.named.values(), *self.state().values()])
-
-    def state(self) -> dict[str, Tensor]:
-        """The moments, by flat names, for a checkpoint."""
-        moments = {f"exp_avg.{name}": value for name, value in self.exp_avg.items()}
-        moments |= {f"exp_avg_sq.{name}": value for name, value in self.exp_avg_sq.items()}
-        if self._muon is not None:
-            moments |= {f"momentum.{name}": value for name, value in self._muon.momenta.items()}
-        return moments
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:

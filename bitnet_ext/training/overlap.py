@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bitnet_ext import ops
 from bitnet_ext.ops.side_stream import SideStream, weight_gradient_on
-from bitnet_ext.training.optimizer import FusedAdam, RowGradient
+from bitnet_ext.training.adam import FusedAdam
+from bitnet_ext.training.optimizer import RowGradient
 
 #: Blocks of a late update a multiprocessor: 512 of its 2,048 threads and half of its registers.
 LATE_BLOCKS = 2

@@ -26,10 +26,11 @@ from bitnet_ext._capture import SIDE_PRIORITY, STEP_PRIORITY, capture, capture_s
 from bitnet_ext.models import BitNetForCausalLM
 from bitnet_ext.nn import WeightCache, resident_weights, set_backward, weight_caches
 from bitnet_ext.ops import QuantizedWeight
+from bitnet_ext.training.adam import FusedAdam
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.distributed import World, mean_over_ranks
 from bitnet_ext.training.objective import LanguageModelLoss
-from bitnet_ext.training.optimizer import FusedAdam
+from bitnet_ext.training.optimizer import Optimizer
 from bitnet_ext.training.overlap import Overlap
 from bitnet_ext.training.schedules import hyper_table
 
@@ -77,7 +78,7 @@ class TrainStep:
     def __init__(
         self,
         model: BitNetForCausalLM,
-        optimizer: FusedAdam,
+        optimizer: Optimizer,
         config: TrainConfig,
         device: torch.device,
         world: World,
@@ -122,12 +123,14 @@ class TrainStep:
     def _takes_rows(self, model: BitNetForCausalLM) -> bool:
         """Whether the embedding's gradient comes as rows of the step's tokens instead of a matrix of zeros.
 
-        Not where the head adds a dense gradient to it, nor under DDP, which averages dense ones. On a GPU only as
-        long as comparing all tokens (:func:`bitnet_ext.ops.sum_rows`) is cheaper than the zeros.
+        Not where the head adds a dense gradient to it, nor under DDP, which averages dense ones, nor where the
+        optimiser moves every row by itself. On a GPU only as long as comparing all tokens
+        (:func:`bitnet_ext.ops.sum_rows`) is cheaper than the zeros.
         """
         tokens = self.config.tokens_per_step
         few = self.device.type == "cpu" or tokens <= min(MAX_ROW_TOKENS, model.config.vocab_size)
-        return few and self.world.size == 1 and model.lm_head is not None
+        alone = self.world.size == 1 and model.lm_head is not None
+        return few and alone and self.optimizer.takes_rows
 
     def run(self, start: int, rows: NDArray[np.int64]) -> Tensor:
         """Runs the steps start + 1 .. start + n for rows [n, local batch, seq_len + 1], n <= block_steps.
@@ -231,6 +234,7 @@ class TrainStep:
             self._number = numbers[index : index + 1]
             self.optimizer.zero_grad()
             values = self._gradients(rows[index])
+            self.optimizer.add_decay(hyper[index, 1])
             if self._overlap is None or slots is None:
                 norm, scale = self.optimizer.grad_norm_and_scale(self._number)
                 self.optimizer.step(hyper[index], scale)
@@ -275,11 +279,12 @@ class TrainStep:
     def _start_overlap(self, stream: torch.cuda.Stream | None) -> None:
         """Lets parts of several steps run beside each other, where the step is one that can be cut so."""
         head, embedding = self._model.lm_head, self._embedding
-        few_steps = self.config.steps < UNROLLED_STEPS
-        if head is None or embedding is None or self.config.accumulation > 1 or few_steps:
+        one_by_one = self.config.accumulation > 1 or self.config.steps < UNROLLED_STEPS
+        optimizer = self.optimizer if isinstance(self.optimizer, FusedAdam) else None
+        if head is None or embedding is None or optimizer is None or one_by_one:
             return
         if head.weight.requires_grad and embedding.weight.requires_grad:
-            self._overlap = Overlap(self.optimizer, head.weight, embedding.weight, stream)
+            self._overlap = Overlap(optimizer, head.weight, embedding.weight, stream)
             cast(LanguageModelLoss, self._loss).before_head = self._overlap.before_head
 
     def _capture(self) -> None:

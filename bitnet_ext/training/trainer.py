@@ -30,10 +30,11 @@ from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.device import resolve_device
 from bitnet_ext.training.distributed import join_world, wait_for_all
 from bitnet_ext.training.metrics_log import MetricsLog
-from bitnet_ext.training.optimizer import FusedAdam
+from bitnet_ext.training.optimizer import Optimizer
 from bitnet_ext.training.schedules import learning_rates, weight_decays
 from bitnet_ext.training.signals import stop_on_signals
 from bitnet_ext.training.step import RECORD, NonFiniteGradientError, TrainStep
+from bitnet_ext.training.update_rules import make_optimizer
 
 #: Fields that may differ between a run and its resumption: they do not change what is computed.
 _FREE_ON_RESUME = frozenset(
@@ -60,7 +61,8 @@ class EvaluatedStep:
 
     Attributes:
         step: its number, counted from 1; last: whether the run ends with it.
-        lr, weight_decay: that it was taken with. grad_norm: before clipping.
+        lr, weight_decay: that it was taken with. grad_norm: before clipping, with the L2 term in it where
+            decay_before_clip adds that first.
         optimizer: with the moments after the step. The parameters' ``grad`` are those of the step (of its last
             micro-batch and earlier ones added up, not clipped).
     """
@@ -70,7 +72,7 @@ class EvaluatedStep:
     lr: float
     weight_decay: float
     grad_norm: float
-    optimizer: FusedAdam
+    optimizer: Optimizer
 
 
 class Evaluator(Protocol):
@@ -151,7 +153,7 @@ class Trainer:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.evaluator = evaluator
         self.eval_steps = sorted({int(s) for s in eval_steps if 1 <= s <= config.steps}) if evaluator else []
-        self.optimizer = FusedAdam(model, config)
+        self.optimizer = make_optimizer(model, config)
         self.step = 0
         self._learning_rates = learning_rates(config)
         self._weight_decays = weight_decays(config)

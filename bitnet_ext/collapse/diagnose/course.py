@@ -189,7 +189,7 @@ def frozen(case: Case) -> Finding | None:
     """Nothing moves: a learning rate of zero, a sum of learning rates too small to train, or no gradient."""
     rates = [value for kind in ("train", "eval") for _, value in case.points("lr", kind)]
     reach = case.reach()
-    trained_by_adam = case.settings is None or case.settings.optimizer != "muon"
+    trained_by_adam = case.settings is None or case.settings.optimizer not in ("muon", "sgd_l2")
     start, best = start_of(case), improvement(case)
     rule = (
         "every learning rate of the file is 0; or the gains are exactly 1 after the first step, or all measured "

@@ -63,7 +63,8 @@ class Decay:
 
     Attributes:
         coupled: whether it is L2 in Adam's gradient. now, ever: weight decay at the last step, and the largest.
-        exposure: sum of lr * weight_decay over the steps, what decoupled decay takes from the logarithm of a weight.
+        exposure: sum of lr * weight_decay over the steps, what decoupled decay takes from the logarithm of a weight;
+            with SGD's momentum each step counts 1 / (1 - momentum) times.
     """
 
     coupled: bool | None
@@ -100,6 +101,8 @@ def decay_of(case: Case) -> Decay:
         if not seen and count:
             now, ever = float(decays[-1]), float(decays.max())
         exposure = float((decays * rates).sum())
+    if exposure is not None and settings is not None and settings.optimizer == "sgd_l2":
+        exposure /= 1 - settings.momentum
     return Decay(coupled, now, ever, exposure)
 
 
@@ -167,7 +170,11 @@ def decay_death(case: Case) -> tuple[Finding | None, list[str]]:
     ]
     measured = bool(_shares(case, [*gone, *falling]))
     if decay.ever is not None:
-        coupling = {True: "coupled (Adam with L2)", False: "decoupled (AdamW)", None: "coupled or decoupled"}
+        coupling = {
+            True: "coupled (Adam with L2)",
+            False: "outside Adam (AdamW, SGD)",
+            None: "coupled or decoupled",
+        }
         found.append(evidence("weight decay", decay.ever, case.last_step, coupling[decay.coupled]))
     return (
         Finding(

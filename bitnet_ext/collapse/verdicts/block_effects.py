@@ -18,7 +18,8 @@ def base_of(arm: str, arms: Sequence[str]) -> str | None:
     A run whose weight decay changes on its way is compared with the one that goes on with some of it, since both have
     the same course up to there; that one itself, which ``standard-lr`` does not outlast, with nothing. A recovery run
     is compared with the run that goes on unchanged from the same step, a full-precision twin with the
-    ternary net of the same recipe, what has decoupled decay with ``adamw``, and all else with ``standard-lr``.
+    ternary net of the same recipe, SGD with L2 with SGD without, what has decoupled decay with ``adamw``, and all else
+    with ``standard-lr``.
     """
     if arm.startswith("from-"):
         base = "-".join(arm.split("-")[:2]) + "-continue"
@@ -28,6 +29,8 @@ def base_of(arm: str, arms: Sequence[str]) -> str | None:
         base = "wd-to-0.05"
     elif arm.startswith("fp-"):
         base = {"fp-twin": "standard-lr", "fp-twin-adamw": "adamw"}.get(arm, arm.removeprefix("fp-"))
+    elif arm.startswith("sgd-"):
+        base = arm.replace("-l2", "-no-decay")
     elif arm.endswith("-adamw") or arm.startswith("adamw-"):
         base = "adamw"
     else:

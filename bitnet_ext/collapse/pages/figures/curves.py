@@ -75,6 +75,7 @@ _KINDS = (
     ("remedy", r"(smoothing|entropy|diversity|head-l2)-.*-(?:l2|adamw)"),
     ("tensors", r"l2-(only|not)-.*"),
     ("precision", r"(fp)-.*"),
+    ("sgd", r"(sgd)-.*"),
     ("rate", r"(?:lr|reduced-lr)(-).*"),
 )
 
@@ -83,7 +84,7 @@ def facets(arms: Sequence[str], bases: Sequence[str]) -> list[list[str]]:
     """Arms in groups that one panel can show, each behind the base arms that it is compared with.
 
     Few arms are one group. Many are divided by what they have in common: the checkpoint that they go on from (these
-    stand without the base arms), the remedy, the tensors that decay, full precision, the learning rate.
+    stand without the base arms), the remedy, the tensors that decay, full precision, SGD, the learning rate.
     """
     others = [arm for arm in arms if arm not in bases]
     if len(others) <= _FACET:
