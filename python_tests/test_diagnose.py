@@ -220,6 +220,17 @@ def test_more_than_one_trouble(tmp_path: Path) -> None:
     assert any("weight_decay=0.1 or less (it was 60)" in each for each in found.findings[0].change)
 
 
+def test_l2_under_sgd_is_not_that_of_adam(tmp_path: Path) -> None:
+    """At lr weight_decay / (1 - momentum) of a weight a step, which momentum makes enough here."""
+    settings = config(
+        optimizer="sgd_l2", lr=0.02, momentum=0.9, weight_decay=0.5, decay_norms=True, steps=150
+    )
+    found = told(train(tmp_path, settings))
+    assert found.kind == "decay-death"
+    assert any("SGD with L2" in each.text for each in found.findings[0].evidence)
+    assert not any("adam" in each for each in found.findings[0].change)
+
+
 # --- checkpoints and plain runs -----------------------------------------------------------------------------------
 
 

@@ -21,7 +21,8 @@ _LONG, _STEPS, _SHORT = 4_000, 3_000, 2_500
 #: Steps of the standard run from whose checkpoints block D goes on: cumulative learning rates of about 0.25, 1.4, 5.3.
 RECOVERY_STARTS = (350, 1_100, 4_000)
 RECOVERY_STEPS = 1_000
-#: Learning rate at which SGD trains this network, which it does not at Adam's.
+#: Learning rate at which SGD trains the network, which it hardly does at Adam's: training cross-entropy of collapse-64
+#: at steps 320 to 400 without decay 7.2 nats, against 10.7 at 1.5e-3, 7.7 at 0.05, and 7.9 and unsteady at 2.
 SGD_RATE = 0.5
 #: Arms of the contrasts that matter most, which are given more seeds.
 HEADLINE = ("standard-lr", "adamw", "no-decay", "fp-twin", "fp-twin-adamw")

@@ -170,12 +170,10 @@ def decay_death(case: Case) -> tuple[Finding | None, list[str]]:
     ]
     measured = bool(_shares(case, [*gone, *falling]))
     if decay.ever is not None:
-        coupling = {
-            True: "coupled (Adam with L2)",
-            False: "outside Adam (AdamW, SGD)",
-            None: "coupled or decoupled",
-        }
-        found.append(evidence("weight decay", decay.ever, case.last_step, coupling[decay.coupled]))
+        coupling = {True: "coupled (Adam with L2)", False: "decoupled (AdamW)", None: "coupled or decoupled"}
+        sgd = case.settings is not None and case.settings.optimizer == "sgd_l2"
+        kind = "SGD with L2" if sgd else coupling[decay.coupled]
+        found.append(evidence("weight decay", decay.ever, case.last_step, kind))
     return (
         Finding(
             "decay-death",
