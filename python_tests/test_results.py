@@ -166,6 +166,22 @@ def test_a_slow_start_is_not_a_collapse(losses: list[float], status: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("gains", "status"),
+    [
+        ([1.0, 0.95, 0.9, 0.8], "untrained"),
+        ([1.0, 0.6, 0.2, 0.001], "collapsed"),  # moved a long way without a better loss
+        ([0.7, 0.65, 0.6, 0.5], "collapsed"),  # goes on from another run
+    ],
+)
+def test_only_a_fresh_network_is_barely_trained(gains: list[float], status: str) -> None:
+    rows = rows_of(WORD_COUNTS, steps=(1, 100, 600, 1000))
+    for row, gain in zip(rows, gains, strict=True):
+        row |= {"heldout_cross_entropy": 10.7, "predictive_entropy": 10.5, "mutual_information": 0.01}
+        row |= {"final_gain_mean_abs": gain, "lm_head_mean_abs": 0.03}
+    assert classify(rows, LN_V) == status
+
+
+@pytest.mark.parametrize(
     ("counts", "expected"),
     [
         ([20, 12, 11], None),

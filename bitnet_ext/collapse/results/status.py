@@ -14,6 +14,7 @@ from bitnet_ext.collapse.results.records import Row, Run, Study, number
 UNIFORM_NATS = 0.02  # distance from ln V at which an output counts as uniform
 CONTEXT_NATS = 0.1  # mutual information above which an output counts as depending on its context
 COLLAPSE_NATS = 0.5  # excess over the unigram above which a context-free output counts as collapsed
+FRESH_GAIN = 0.9  # mean final gain, which is 1 in a new network, from which on a run may have begun with one
 UNTRAINED_NATS = 0.3  # change of held-out cross-entropy below which a network counts as barely trained
 STALL_NATS = 0.1  # change of held-out cross-entropy over half of a run that counts as none
 CONFIDENCE_NATS = 0.5  # |cross-entropy - entropy| above which an output counts as over- or under-confident
@@ -70,8 +71,10 @@ RULES = (
     ),
     (
         "Barely trained",
-        f"Held-out cross-entropy was never more than {UNTRAINED_NATS} nats below where it started and is "
-        f"more than {COLLAPSE_NATS} nats above the unigram's, or the output has been uniform all along.",
+        f"Held-out cross-entropy was never more than {UNTRAINED_NATS} nats below where it started and is more than "
+        f"{COLLAPSE_NATS} nats above the unigram's, the final gain began at {FRESH_GAIN} or more (norms begin with 1; "
+        f"less has a run that goes on from another one), and neither it nor the head fell below {SHRUNK_SHARE:.0%} of "
+        "where it began; or the output has been uniform all along.",
     ),
     (
         "Collapsed",
@@ -190,9 +193,8 @@ def classify(rows: Sequence[Row], ln_v: float | None) -> str | None:
         return None
     if is_alive(last):
         return "alive"
-    start, best = get(rows[0], "heldout_cross_entropy"), min(finite(rows, "heldout_cross_entropy"))
     far = raw > unigram + COLLAPSE_NATS
-    if far and start is not None and start - best <= UNTRAINED_NATS:
+    if far and _is_untrained(rows):
         return "untrained"
     if mi <= CONTEXT_NATS:
         return "unigram" if not far else "collapsed" if _has_failed(rows, ln_v) else "early"
@@ -200,6 +202,23 @@ def classify(rows: Sequence[Row], ln_v: float | None) -> str | None:
     if entropy is not None and raw - entropy > CONFIDENCE_NATS:
         return "overconfident"
     return "failing" if far and _has_failed(rows, ln_v) else "learning"
+
+
+def _is_untrained(rows: Sequence[Row]) -> bool:
+    """Whether a network began fresh and has hardly moved since: its loss did not fall, and nothing in it vanished."""
+    start, best = get(rows[0], "heldout_cross_entropy"), min(finite(rows, "heldout_cross_entropy"))
+    gain = get(rows[0], "final_gain_mean_abs")
+    fresh = gain is None or gain >= FRESH_GAIN
+    return fresh and start is not None and start - best <= UNTRAINED_NATS and not _has_vanished(rows)
+
+
+def _has_vanished(rows: Sequence[Row]) -> bool:
+    """Whether what carries the logits, the final gain or the head, has shrunk to next to nothing."""
+    for key in ("final_gain_mean_abs", "lm_head_mean_abs"):
+        first, now = get(rows[0], key), get(rows[-1], key)
+        if first and now is not None and now < SHRUNK_SHARE * first:
+            return True
+    return False
 
 
 def _has_failed(rows: Sequence[Row], ln_v: float | None) -> bool:
@@ -215,11 +234,7 @@ def _has_failed(rows: Sequence[Row], ln_v: float | None) -> bool:
     entropy = get(last, "predictive_entropy")
     if ln_v is not None and entropy is not None and entropy >= NEAR_UNIFORM_SHARE * ln_v:
         return True  # the output has gone nearly uniform
-    for key in ("final_gain_mean_abs", "lm_head_mean_abs"):
-        first, now = get(rows[0], key), get(last, key)
-        if first and now is not None and now < SHRUNK_SHARE * first:
-            return True  # what carries the logits has vanished
-    return False
+    return _has_vanished(rows)
 
 
 def find_fall(rows: Sequence[Row]) -> Fall | None:
