@@ -179,6 +179,9 @@ def test_only_a_fresh_network_is_barely_trained(gains: list[float], status: str)
         row |= {"heldout_cross_entropy": 10.7, "predictive_entropy": 10.5, "mutual_information": 0.01}
         row |= {"final_gain_mean_abs": gain, "lm_head_mean_abs": 0.03}
     assert classify(rows, LN_V) == status
+    for row in rows:
+        row |= {"heldout_cross_entropy": LN_V, "predictive_entropy": LN_V}
+    assert classify(rows, LN_V) == ("uniform" if gains[0] < 1 else "untrained")
 
 
 @pytest.mark.parametrize(

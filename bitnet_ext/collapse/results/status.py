@@ -63,7 +63,7 @@ RULES = (
     (
         "Dead (uniform output)",
         f"Held-out cross-entropy and mean predictive entropy are both within {UNIFORM_NATS} nats of ln V, "
-        "and were not always.",
+        "and were not always, or the run goes on from another one.",
     ),
     (
         "Alive",
@@ -74,7 +74,7 @@ RULES = (
         f"Held-out cross-entropy was never more than {UNTRAINED_NATS} nats below where it started and is more than "
         f"{COLLAPSE_NATS} nats above the unigram's, the final gain began at {FRESH_GAIN} or more (norms begin with 1; "
         f"less has a run that goes on from another one), and neither it nor the head fell below {SHRUNK_SHARE:.0%} of "
-        "where it began; or the output has been uniform all along.",
+        "where it began; or the output of such a network has been uniform all along.",
     ),
     (
         "Collapsed",
@@ -186,8 +186,8 @@ def classify(rows: Sequence[Row], ln_v: float | None) -> str | None:
     if not math.isfinite(raw):
         return "diverged"
     if is_uniform(last, ln_v):
-        # An initialisation with small logits is uniform too; death is to become so.
-        return "untrained" if all(is_uniform(row, ln_v) for row in rows) else "uniform"
+        # An initialisation with small logits is uniform too; death is to become so, or to have been so before.
+        return "untrained" if _is_fresh(rows[0]) and all(is_uniform(row, ln_v) for row in rows) else "uniform"
     unigram, mi = get(last, "unigram_cross_entropy"), get(last, "mutual_information")
     if unigram is None or mi is None:
         return None
@@ -207,9 +207,14 @@ def classify(rows: Sequence[Row], ln_v: float | None) -> str | None:
 def _is_untrained(rows: Sequence[Row]) -> bool:
     """Whether a network began fresh and has hardly moved since: its loss did not fall, and nothing in it vanished."""
     start, best = get(rows[0], "heldout_cross_entropy"), min(finite(rows, "heldout_cross_entropy"))
-    gain = get(rows[0], "final_gain_mean_abs")
-    fresh = gain is None or gain >= FRESH_GAIN
-    return fresh and start is not None and start - best <= UNTRAINED_NATS and not _has_vanished(rows)
+    slow = start is not None and start - best <= UNTRAINED_NATS
+    return _is_fresh(rows[0]) and slow and not _has_vanished(rows)
+
+
+def _is_fresh(first: Row) -> bool:
+    """Whether a run may have begun with a new network, by its first evaluation."""
+    gain = get(first, "final_gain_mean_abs")
+    return gain is None or gain >= FRESH_GAIN
 
 
 def _has_vanished(rows: Sequence[Row]) -> bool:
