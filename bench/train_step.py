@@ -39,7 +39,7 @@ from bitnet_ext.testing import Timing, environment, format_table, measure_ceilin
 from bitnet_ext.testing.bench import device_name, slug
 from bitnet_ext.testing.script import positive
 from bitnet_ext.testing.twin import TwinModel
-from bitnet_ext.training import FusedAdam, TrainConfig, learning_rates
+from bitnet_ext.training import FusedAdam, TrainConfig, learning_rates, streams_side_by_side
 from bitnet_ext.training.device import resolve_device
 from bitnet_ext.training.distributed import World
 from bitnet_ext.training.step import TrainStep
@@ -93,7 +93,7 @@ class Together:
 
     def __init__(self, runs: list[Ours], device: torch.device) -> None:
         self.runs = runs
-        self.streams = [torch.cuda.Stream(device) for _ in runs]
+        self.streams = streams_side_by_side(len(runs), device)
         self.step_multiple = runs[0].step_multiple * len(runs)
 
     def run(self, rows: NDArray[np.int64]) -> list[float]:

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--together",
         type=int,
         default=1,
-        help="runs at a time in each process (default 1)",
+        help="runs at a time in each process, on a GPU at most 16 (default 1)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the study (default runs/collapse-<time>)"

@@ -30,6 +30,7 @@ from bitnet_ext.data.corpora import Corpus
 from bitnet_ext.models import preset
 from bitnet_ext.training.checkpoint import write_text_atomic
 from bitnet_ext.training.device import resolve_device
+from bitnet_ext.training.together import MAX_SIDE_BY_SIDE
 
 #: What a run without settings does on a CPU: the arms that tell the story, in under ten minutes on two cores.
 CPU_ARMS = ("standard-lr", "label-smoothing", "adamw", "fp-twin")
@@ -197,6 +198,8 @@ def run_study(
     targets = _devices(device)
     if processes < 0 or together < 1:
         raise ValueError(f"processes must be >= 0 and together >= 1, got {processes} and {together}")
+    if together > MAX_SIDE_BY_SIDE and any(target.type == "cuda" for target in targets):
+        raise ValueError(f"together must be at most {MAX_SIDE_BY_SIDE} on a GPU, got {together}")
     if len(targets) > 1 and processes == 0:
         raise ValueError("several devices need processes >= 1: each device has processes of its own")
     settings_path = out / "study.json"

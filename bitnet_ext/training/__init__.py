@@ -5,7 +5,7 @@ from bitnet_ext.training.checkpoint import CheckpointError, load_model, read_che
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.optimizer import Optimizer
 from bitnet_ext.training.schedules import learning_rates, weight_decays
-from bitnet_ext.training.together import advance_together
+from bitnet_ext.training.together import advance_together, streams_side_by_side
 from bitnet_ext.training.trainer import (
     EvaluatedStep,
     Evaluator,
@@ -30,5 +30,6 @@ __all__ = [
     "load_model",
     "make_optimizer",
     "read_checkpoint",
+    "streams_side_by_side",
     "weight_decays",
 ]

@@ -148,8 +148,8 @@ class TrainStep:
     def launch(self, start: int, rows: NDArray[np.int64]) -> None:
         """The first half of :meth:`run`: hands the steps to the device and does not wait for them.
 
-        Several runs, up to the 32 streams that torch hands out, share a GPU when each is launched on a stream of
-        its own before the first one is finished.
+        Several runs share a GPU when each is launched on a stream of its own
+        (:func:`bitnet_ext.training.streams_side_by_side`) before the first one is finished.
         """
         count = rows.shape[0]
         if self._wants_graph and not self._graphs:

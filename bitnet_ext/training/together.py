@@ -11,11 +11,29 @@ import torch
 
 from bitnet_ext._capture import STEP_PRIORITY
 
+#: Runs that may share a GPU in one process.
+MAX_SIDE_BY_SIDE = 16
 _ENDED = object()
 #: Seconds between two questions for a job when nothing else is to be done.
 _PATIENCE = 0.05
 #: The same while a GPU has work: a small part of what it is given at once.
 _POLL = 2e-4
+
+
+def streams_side_by_side(number: int, device: torch.device) -> list[torch.cuda.Stream]:
+    """Streams for runs that share a GPU, one each.
+
+    They have the priority of a step's kernels: what stands before and behind a step must not wait for those of other
+    runs.
+
+    Raises:
+        ValueError: for more than 16. torch has 32 streams of a priority, and each run captures on another one.
+    """
+    if not 1 <= number <= MAX_SIDE_BY_SIDE:
+        raise ValueError(
+            f"runs that share a GPU must be between 1 and {MAX_SIDE_BY_SIDE} in a process, got {number}"
+        )
+    return [torch.cuda.Stream(device, priority=STEP_PRIORITY) for _ in range(number)]
 
 
 def advance_together(
@@ -32,15 +50,14 @@ def advance_together(
 
     Args:
         jobs: taken one by one; None when there is none now but may be one later.
-        together: places, at most 32 on a GPU (the streams that torch has).
+        together: places, at most 16 on a GPU (:func:`streams_side_by_side`).
 
     Yields:
         the place whose job has just ended.
     """
     waiting = iter(jobs)
     on_gpu = device.type == "cuda"
-    # Of the priority of a step's kernels: what stands before and behind them must not wait for those of other runs.
-    streams = [torch.cuda.Stream(device, priority=STEP_PRIORITY) if on_gpu else None for _ in range(together)]
+    streams = streams_side_by_side(together, device) if on_gpu else [None] * together
     handed_over = [torch.cuda.Event() if on_gpu else None for _ in range(together)]
     running: dict[int, Iterator[None]] = {}
     exhausted = False
