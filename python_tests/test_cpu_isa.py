@@ -110,10 +110,10 @@ def case_bit_linear(M: int, N: int, K: int, dtype: torch.dtype, generator: torch
         packed,
         weight_scale,
         *ops.bit_linear(
-            x, None, weights, packed, weight_scale, stacked_bias, gain, 1e-5, True, dtype, "exact"
+            x, None, weights, packed, weight_scale, stacked_bias, gain, 1e-5, True, None, 0.0, dtype, "exact"
         ),
-        *ops.bit_linear(x, x, [weight], *one, None, gain, 1e-5, True, dtype, "exact"),
-        *ops.bit_linear(x, None, [weight], *one, None, None, 1e-5, False, dtype, "exact"),
+        *ops.bit_linear(x, x, [weight], *one, None, gain, 1e-5, True, None, 0.0, dtype, "exact"),
+        *ops.bit_linear(x, None, [weight], *one, None, None, 1e-5, False, None, 0.0, dtype, "exact"),
     ]
 
 
@@ -323,7 +323,18 @@ def test_nan_and_inf_are_refused(dtype: torch.dtype, bad: float, isa: str) -> No
             lambda x=x: ops.quantize_weight_ternary(x),
             lambda x=x: ops.quantize_pack_weight(x),
             lambda x=x, w=weight: ops.bit_linear(
-                x, None, [w], *ops.quantize_weights([w]), None, None, 1e-5, False, torch.float32, "exact"
+                x,
+                None,
+                [w],
+                *ops.quantize_weights([w]),
+                None,
+                None,
+                1e-5,
+                False,
+                None,
+                0.0,
+                torch.float32,
+                "exact",
             ),
         ):
             with pytest.raises(RuntimeError, match=r"^bitnet_ext\.\w+: (x|weight) holds NaN or Inf"):

@@ -313,13 +313,22 @@ def _write_logits(hidden: Tensor, head: Tensor, buffer: Tensor) -> None:
     torch.mm(hidden, head.t(), out=buffer[:, : head.shape[0]])
 
 
+# One row times a matrix is summed up product after product by some CPU libraries: on an Intel Xeon a token's gradient
+# over 50,257 words was off by 2.2e-6 of its size, those of two tokens by 3.6e-7. Parts of the vocabulary are summed
+# apart.
+_PART = 2048
+
+
 def _write_grad_hidden(grad: Tensor, head: Tensor, out: Tensor) -> None:
     """out [T, H] = grad[:, :C] x head."""
     columns = grad[:, : head.shape[0]]
     if takes_skinny_mm("nn", *out.shape, columns, head, out):
         _ops.skinny_mm_nn_(out, columns, head)
-    else:
+    elif out.is_cuda or out.shape[0] > 1:
         torch.mm(columns, head, out=out)
+    else:
+        parts = [part @ rows for part, rows in zip(columns.split(_PART, 1), head.split(_PART), strict=True)]
+        torch.sum(torch.stack(parts), 0, out=out)
 
 
 def _add_grad_head(
