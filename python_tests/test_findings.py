@@ -96,6 +96,8 @@ def test_no_two_kinds_of_network_get_the_same_words(tmp_path: Path) -> None:
 
 def test_small_logits_at_the_start_are_no_death(tmp_path: Path) -> None:
     rows = rows_of({1: DYING[4000], 4000: DYING[4000]}, steps=(1, 2, 5))
+    for row in rows:
+        row["final_gain_mean_abs"] = 1.0  # as in a new network
     study = write_study(tmp_path, {"adamw": [rows]}, steps=5)
     found = kinds(arm_findings(study, "adamw"))
     assert "ending-untrained" in found and "uniform" not in found
