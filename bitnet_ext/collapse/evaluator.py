@@ -38,8 +38,10 @@ def _place(model: BitNetForCausalLM) -> object:
     """Where a model's parameters and their gradients are: a captured measurement reads the same places again."""
     places = [id(model)]
     for p in model.parameters():
-        grad = p.grad._values() if p.grad is not None and p.grad.is_sparse else p.grad
-        places += [p.data_ptr(), 0 if grad is None else grad.data_ptr()]
+        parts = [p] if p.grad is None else [p, p.grad]
+        if p.grad is not None and p.grad.is_sparse:
+            parts = [p, p.grad._indices(), p.grad._values()]
+        places += [part.data_ptr() for part in parts]
     return places
 
 
@@ -127,21 +129,11 @@ class CollapseEvaluator:
     @torch.no_grad()
     def _measure(self, model: BitNetForCausalLM, optimizer: Optimizer) -> metrics.Measurement:
         codes = metrics.packed_codes(model)
-        unique = metrics.measure_unique(model, self._prompts, 20)
         return metrics.combine(
             [
                 metrics.measure_decay_shares(self._decay_terms(optimizer)),
                 self._text.measure(model),
-                metrics.Measurement(
-                    unique.tensors,
-                    lambda arrays: {
-                        column: unique.finish(arrays)[name]
-                        for column, name in (
-                            ("unique_of_20", "unique_first"),
-                            ("unique_20_random", "unique_expected"),
-                        )
-                    },
-                ),
+                metrics.measure_unique(model, self._prompts, 20),
                 metrics.measure_weight_norms(model),
                 metrics.measure_row_norms(model, self._row_bins),
                 metrics.measure_code_fractions(codes),

@@ -67,7 +67,7 @@ def unique_predictions(model: nn.Module, prompts: Tensor) -> int | None:
     Returns:
         1..count, or None when the logits hold NaN.
     """
-    number: int | None = measure_unique(model, prompts, len(prompts)).result()["unique_first"]
+    number: int | None = measure_unique(model, prompts, len(prompts)).result()[f"unique_of_{len(prompts)}"]
     return number
 
 
@@ -80,7 +80,7 @@ def expected_unique(model: nn.Module, prompts: Tensor, sample: int = 20) -> floa
     Returns:
         1..sample, or None when the logits hold NaN.
     """
-    number: float | None = measure_unique(model, prompts, sample).result()["unique_expected"]
+    number: float | None = measure_unique(model, prompts, sample).result()[f"unique_{sample}_random"]
     return number
 
 
@@ -88,17 +88,17 @@ def measure_unique(model: nn.Module, prompts: Tensor, sample: int) -> Measuremen
     """Distinct predictions for the first `sample` prompts, and of as many of all of them; nothing waits for the device.
 
     Returns:
-        values "unique_first" (:func:`unique_predictions`) and "unique_expected" (:func:`expected_unique`).
+        values unique_of_<sample> (:func:`unique_predictions`) and unique_<sample>_random (:func:`expected_unique`).
     """
+    names = (f"unique_of_{sample}", f"unique_{sample}_random")
 
     def finish(arrays: Sequence[Numbers]) -> dict[str, Any]:
         predictions, there = arrays
         if not there:
-            return {"unique_first": None, "unique_expected": None}
-        return {
-            "unique_first": len(np.unique(predictions[:sample])),
-            "unique_expected": rarefied_unique(np.unique(predictions, return_counts=True)[1], sample),
-        }
+            return dict.fromkeys(names)
+        first = len(np.unique(predictions[:sample]))
+        expected = rarefied_unique(np.unique(predictions, return_counts=True)[1], sample)
+        return dict(zip(names, (first, expected), strict=True))
 
     return Measurement(last_predictions(model, prompts), finish)
 
