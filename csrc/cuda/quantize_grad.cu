@@ -43,41 +43,6 @@ __device__ __forceinline__ float scale_of_column(const QuantizeGradArgs& args, i
   return args.weight_scale[segment];
 }
 
-// kVec neighbours as they lie in memory: unpacked, the 4 rows of a thread would take 32 registers.
-template <typename T, bool kAligned>
-struct RawValues {
-  static constexpr int kWords = kAligned ? kVec * static_cast<int>(sizeof(T)) / 16 : kVec / 4;
-  using element_t = std::conditional_t<kAligned, T, float>;
-  uint4 words[kWords];
-
-  __device__ __forceinline__ void load(const T* p, int64_t valid) {
-    if constexpr (kAligned) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        words[w] = valid > 0 ? reinterpret_cast<const uint4*>(p)[w] : make_uint4(0, 0, 0, 0);
-      }
-    } else {
-      float values[kVec];
-      load_floats<kVec>(p, valid, false, values);
-      memcpy(words, values, sizeof(words));
-    }
-  }
-  __device__ __forceinline__ void unpack(float (&out)[kVec]) const {
-    if constexpr (std::is_same_v<element_t, __nv_bfloat16>) {  // an instruction a value; to_float takes 1.5
-      const auto* pairs = reinterpret_cast<const uint32_t*>(words);
-#pragma unroll
-      for (int p = 0; p < kVec / 2; ++p) {
-        out[2 * p] = __uint_as_float(pairs[p] << 16);
-        out[2 * p + 1] = __uint_as_float(pairs[p] & 0xffff0000u);
-      }
-    } else {
-      const auto* elements = reinterpret_cast<const element_t*>(words);
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) out[c] = to_float(elements[c]);
-    }
-  }
-};
-
 // --- statistics -----------------------------------------------------------------------------------------
 
 constexpr int kStatsCols = 512, kStatsRows = 64, kStatsLanes = kStatsCols / kVec;
@@ -91,7 +56,7 @@ __device__ __forceinline__ float larger_magnitude(float a, float b) {
 
 // kAligned: N is a multiple of kVec and rows begin at multiples of 16 bytes.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 5 : 3)
+__global__ void __launch_bounds__(kThreads)
     gradient_maxima_kernel(const QuantizeGradArgs args, uint32_t tiles_wide) {
   constexpr int kGroups = kThreads / kStatsLanes, kRowsEach = kStatsRows / kGroups;
   // Rows whose loads are under way together: with one the kernel took four times its memory's time.
@@ -111,10 +76,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 5 : 3)
                            max(int64_t{0}, (args.M - first_row - group + kGroups - 1) / kGroups)));
   const T* next = grad + (first_row + group) * args.N + col;
   const int64_t step = kGroups * args.N, valid = args.N - col;
-  RawValues<T, kAligned> raw[kAtOnce];
+  float g[kAtOnce][kVec];
   const auto load = [&](int r) {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) raw[i].load(next + i * step, r + i < rows ? valid : 0);
+    for (int i = 0; i < kAtOnce; ++i) {
+      if constexpr (kAligned) {
+        constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 16;
+        uint4 raw[kWords] = {};
+        if (r + i < rows && valid > 0) {
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) raw[w] = reinterpret_cast<const uint4*>(next + i * step)[w];
+        }
+        const T* elements = reinterpret_cast<const T*>(raw);
+#pragma unroll
+        for (int c = 0; c < kVec; ++c) g[i][c] = to_float(elements[c]);
+      } else {
+        load_floats<kVec>(next + i * step, r + i < rows ? valid : 0, false, g[i]);
+      }
+    }
     next += kAtOnce * step;
   };
   load(0);
@@ -145,20 +124,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 5 : 3)
       if (r + i >= rows) break;
       const int in_tile = (r + i) * kGroups + group;
       const float act_scale = act_scales[in_tile];
-      float g[kVec];
-      raw[i].unpack(g);
-      float largest = g[0];
+      float largest = g[i][0];
 #pragma unroll
-      for (int c = 1; c < kVec; ++c) largest = larger_magnitude(largest, g[c]);
+      for (int c = 1; c < kVec; ++c) largest = larger_magnitude(largest, g[i][c]);
 #pragma unroll
-      for (int c = 0; c < kVec; ++c) of_column[c] = larger_magnitude(of_column[c], g[c] * act_scale);
+      for (int c = 0; c < kVec; ++c) of_column[c] = larger_magnitude(of_column[c], g[i][c] * act_scale);
       // Rounded products are in the order of their factors, so the largest of them is the largest's.
       const uint32_t top = __reduce_max_sync(kFullWarp, magnitude_bits(largest));
       uint32_t of_row = magnitude_bits(__uint_as_float(top) * scales[0]);
       if (!one_scale) {
         of_row = 0;
 #pragma unroll
-        for (int c = 0; c < kVec; ++c) of_row = max(of_row, magnitude_bits(g[c] * scales[c]));
+        for (int c = 0; c < kVec; ++c) of_row = max(of_row, magnitude_bits(g[i][c] * scales[c]));
         of_row = __reduce_max_sync(kFullWarp, of_row);
       }
       if (threadIdx.x % 32 == 0) {
@@ -284,27 +261,20 @@ __device__ __forceinline__ uint64_t row_key(uint64_t seed, uint64_t m) {
   return x ^ x >> 31;
 }
 
-// The two random numbers of a value, 1 + u with u in multiples of 2^-16: of the word x ^ x >> 16 the upper half
-// (which is x's) is the row's u, the lower one the column's. Under the bytes 0x4300 a half is the float 128 + u,
-// from which 127 goes exactly: shifts and masks that put it under an exponent of 0 would be 4 instructions more
-// for the integer unit, which takes one of them in two clocks and bounds the kernel beside memory.
-struct OneAndU {
-  float row, column;
-};
-
-__device__ __forceinline__ OneAndU random_pair(uint64_t key, uint32_t n) {
+__device__ __forceinline__ uint32_t random_bits(uint64_t key, uint32_t n) {
   uint32_t x = n * 0x9E3779B1u + static_cast<uint32_t>(key);
   x ^= x >> 15;
   x = x * 0x85EBCA6Bu + static_cast<uint32_t>(key >> 32);
   x ^= x >> 13;
   x *= 0xC2B2AE35u;
-  const uint32_t upper = __byte_perm(x, 0x4300, 0x5432), lower = upper ^ (x & 0xffffu);
-  return {__uint_as_float(upper) - 127.0f, __uint_as_float(lower) - 127.0f};
+  return x ^ x >> 16;
 }
 
-// floor(value * factor + u) as the low byte of the result. Adding 1.5 * 2^23 - 1, rounded down, leaves the
-// integer in the low bits: no conversions, of which a multiprocessor makes 16 a clock.
-__device__ __forceinline__ uint32_t round_at_random(float value, float factor, float one_and_u) {
+// floor(value * factor + u) as the low byte of the result, u the upper 16 of `bits` / 2^16. u enters as 1 + u
+// from its bits; adding 1.5 * 2^23, rounded down, leaves the integer in the low bits: no conversions, of
+// which a multiprocessor makes 16 a clock.
+__device__ __forceinline__ uint32_t round_at_random(float value, float factor, uint32_t bits) {
+  const float one_and_u = __uint_as_float(bits >> 9 & 0x007fff80u | 0x3f800000u);
   return __float_as_uint(__fadd_rd(__fmaf_rn(value, factor, one_and_u), 12582911.0f));
 }
 
@@ -320,6 +290,32 @@ __device__ __forceinline__ float inverse(float scale) {
 struct __align__(16) TokenFacts {
   uint64_t key;
   float to_row, act_scale;
+};
+
+// kVec neighbours as they lie in memory: unpacked, the 4 tokens of a thread would take 32 registers.
+template <typename T, bool kAligned>
+struct RawValues {
+  static constexpr int kWords = kAligned ? kVec * static_cast<int>(sizeof(T)) / 16 : kVec / 4;
+  using element_t = std::conditional_t<kAligned, T, float>;
+  uint4 words[kWords];
+
+  __device__ __forceinline__ void load(const T* p, int64_t valid) {
+    if constexpr (kAligned) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        words[w] = valid > 0 ? reinterpret_cast<const uint4*>(p)[w] : make_uint4(0, 0, 0, 0);
+      }
+    } else {
+      float values[kVec];
+      load_floats<kVec>(p, valid, false, values);
+      memcpy(words, values, sizeof(words));
+    }
+  }
+  __device__ __forceinline__ void unpack(float (&out)[kVec]) const {
+    const auto* elements = reinterpret_cast<const element_t*>(words);
+#pragma unroll
+    for (int c = 0; c < kVec; ++c) out[c] = to_float(elements[c]);
+  }
 };
 
 // kAligned: N is a multiple of kVec and rows begin at multiples of 16 bytes.
@@ -394,9 +390,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
     uint32_t of_row[kVec];
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
-      const OneAndU random = random_pair(mine.key, static_cast<uint32_t>(col) + c);
-      of_row[c] = round_at_random(g[c] * scales[c], mine.to_row, random.row);
-      const uint32_t byte = round_at_random(g[c] * mine.act_scale, factors[c], random.column);
+      const uint32_t bits = random_bits(mine.key, static_cast<uint32_t>(col) + c);
+      of_row[c] = round_at_random(g[c] * scales[c], mine.to_row, bits);
+      const uint32_t byte = round_at_random(g[c] * mine.act_scale, factors[c], bits << 16);
       constexpr uint32_t kPut[] = {0x3214, 0x3240, 0x3410, 0x4210};  // into byte i
       of_column[c] = __byte_perm(of_column[c], byte, kPut[i]);
     }
