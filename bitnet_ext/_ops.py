@@ -301,7 +301,6 @@ def _adam_step_(
     beta2: float,
     eps: float,
     decoupled: bool,
-    done: Tensor | None,
     num_blocks: int,
 ) -> None:
     return None
@@ -309,19 +308,19 @@ def _adam_step_(
 
 def _adam_rows_(
     param: Tensor,
-    grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    ids: Tensor,
-    place: Tensor,
+    grads: list[Tensor],
     slots: Tensor,
     hyper: Tensor,
-    grad_scale: Tensor,
+    grad_scales: list[Tensor],
+    ids: Tensor | None,
     decay: bool,
     beta1: float,
     beta2: float,
     eps: float,
     decoupled: bool,
+    num_blocks: int,
 ) -> None:
     return None
 

@@ -16,6 +16,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "pending_steps.h"
+
 namespace bitnet_ext {
 
 using torch::headeronly::ScalarType;
@@ -314,18 +316,54 @@ inline void check_row_param(const char* op,
   check_vector(op, "slots", *slots, param.size(0));
 }
 
-// An update beside other work: no sums of magnitudes, and only there some rows may be left out.
+inline void check_num_blocks(const char* op, int64_t num_blocks) {
+  if (num_blocks < 0 || num_blocks > INT32_MAX) fail(op, "num_blocks must be >= 0; got ", num_blocks);
+}
+
+// An update beside other work: no sums of magnitudes, no gradient by rows.
 inline void check_beside(const char* op,
                          const std::optional<Tensor>& slots,
-                         const std::optional<Tensor>& done,
                          int64_t num_blocks,
                          int64_t num_sums) {
-  if (num_blocks < 0 || num_blocks > INT32_MAX) fail(op, "num_blocks must be >= 0; got ", num_blocks);
+  check_num_blocks(op, num_blocks);
   if (num_blocks > 0 && num_sums > 0) fail(op, "num_blocks must be 0 with ternary params; got ", num_blocks);
-  if (!done.has_value()) return;
-  if (num_blocks == 0) fail(op, "done must be absent when num_blocks is 0; got a tensor");
-  if (!slots.has_value()) fail(op, "done must be absent without slots; got a tensor");
-  check_same_shape(op, "done", *done, "slots", *slots);
+  if (num_blocks > 0 && slots.has_value()) fail(op, "num_blocks must be 0 with slots; got ", num_blocks);
+}
+
+// The pending steps of adam_rows_; ids [T] are those of the step behind them.
+inline void check_pending_steps(const char* op,
+                                const Tensor& param,
+                                const std::vector<Tensor>& grads,
+                                const Tensor& slots,
+                                const Tensor& hyper,
+                                const std::vector<Tensor>& grad_scales,
+                                const std::optional<Tensor>& ids) {
+  if (param.dim() != 2 || param.numel() > UINT32_MAX || param.size(1) > INT32_MAX) {
+    fail(op, "param must have shape [V, H] and fewer than 2^32 elements; got ", shape_text(param));
+  }
+  const int64_t V = param.size(0), H = param.size(1), steps = static_cast<int64_t>(grads.size());
+  if (steps < 1 || steps > kMaxPendingSteps) {
+    fail(op, "grads must be those of 1 to ", kMaxPendingSteps, " steps; got ", steps);
+  }
+  for (const Tensor& grad : grads) {
+    if (grad.dim() != 2 || grad.size(1) != H) {
+      fail(op, "each of grads must have shape [T, ", H, "]; got ", shape_text(grad));
+    }
+  }
+  const int64_t rows = steps + (ids.has_value() ? 1 : 0);
+  if (slots.dim() != 2 || slots.size(0) < rows || slots.size(1) != V) {
+    fail(op, "slots must have shape [S, ", V, "] with S >= ", rows, "; got ", shape_text(slots));
+  }
+  if (hyper.dim() != 2 || hyper.size(0) < steps || hyper.size(1) < 4) {
+    fail(op, "hyper must have shape [S, 4 or more] with S >= ", steps, "; got ", shape_text(hyper));
+  }
+  if (grad_scales.size() != grads.size()) {
+    fail(op, "grad_scales must be one for each of ", steps, " grads; got ", grad_scales.size());
+  }
+  for (const Tensor& grad_scale : grad_scales) check_numel(op, "each of grad_scales", grad_scale, 1);
+  if (!ids.has_value()) return;
+  check_dim(op, "ids", *ids, 1);
+  if (ids->numel() > INT32_MAX) fail(op, "ids must be fewer than 2^31; got ", ids->numel());
 }
 
 // The lists of quantize_weight_groups_: group g is the next group_sizes[g] weights.

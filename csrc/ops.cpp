@@ -106,18 +106,18 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def("sum_rows(Tensor ids, Tensor rows, Tensor slots) -> Tensor");
   // decay, ternary: 0 or 1 for each of params. abs_sums: partial sums of the new magnitudes of the ternary
   // ones, for quantize_weight_groups_. slots: grads[row_param] holds rows, as from sum_rows (else -1).
-  // num_blocks: 0 to fill a GPU, or blocks that leave room beside them; only then `done`: rows of
-  // params[row_param] with a number >= 0 in it are left as they are.
+  // num_blocks: 0 to fill a GPU, or blocks that leave room beside them.
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
       "Tensor hyper, Tensor grad_scale, int[] decay, int[] ternary, Tensor(d!)? abs_sums, Tensor? slots, "
-      "int row_param, float beta1, float beta2, float eps, bool decoupled, Tensor? done, int num_blocks) -> "
-      "()");
-  // The same for the rows ids [T] of one param [V, H], whose row_slots are `place`.
+      "int row_param, float beta1, float beta2, float eps, bool decoupled, int num_blocks) -> ()");
+  // The same for one param [V, H] whose rows wait for the updates of several steps, each with a gradient by
+  // rows, an entry of grad_scales and a row of slots and hyper: of a row those from its last slot on. ids
+  // [T]: of the step behind them, with a row of slots too: only these rows. Else all, by num_blocks.
   m.def(
-      "adam_rows_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor ids, "
-      "Tensor place, Tensor slots, Tensor hyper, Tensor grad_scale, bool decay, float beta1, float beta2, "
-      "float eps, bool decoupled) -> ()");
+      "adam_rows_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor[] grads, Tensor slots, "
+      "Tensor hyper, Tensor[] grad_scales, Tensor? ids, bool decay, float beta1, float beta2, float eps, "
+      "bool decoupled, int num_blocks) -> ()");
   // --- loss ---
   m.def(
       "softmax_stats(Tensor logits, Tensor target) -> "

@@ -155,12 +155,12 @@ def case_optimizer(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.
         sums = abs_sums_like(params[:1])
         state = (params, grads, exp_avg, exp_avg_sq, hyper, scale, [int(decay), 0])
         constants = (0.9, 0.999, 1e-8, decoupled)
-        ops.adam_step_(*state, [1, 0], sums, None, -1, *constants, None, 0)
+        ops.adam_step_(*state, [1, 0], sums, None, -1, *constants, 0)
         outputs += [*(t.clone() for t in (*params, *exp_avg, *exp_avg_sq)), sums]
         ids = torch.randint(0, N, (M,), generator=generator)
         slots = ops.row_slots(ids, N)
         grads[0] = ops.sum_rows(ids, normal(generator, M, K), slots)
-        ops.adam_step_(*state, [0, 0], None, slots, 0, *constants, None, 0)
+        ops.adam_step_(*state, [0, 0], None, slots, 0, *constants, 0)
         outputs += [grads[0], slots, *params, *exp_avg, *exp_avg_sq]
     return outputs
 

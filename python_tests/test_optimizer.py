@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -325,46 +326,113 @@ def test_bad_arguments_of_rows() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("T", "H", "V"), [(5, 8, 33), (128, 256, 5003), (300, 514, 41)])
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("num_blocks", [1, 3, 1000])
+@pytest.mark.parametrize("sizes", [((64, 64),), ((3, 5), (5003, 8), (17,), (4097,))])
 @pytest.mark.parametrize("scale", [0.7, math.nan])
-def test_rows_first_and_the_rest_beside_equal_one_update(
-    device: str, T: int, H: int, V: int, decoupled: bool, scale: float
+def test_an_update_beside_equals_a_full_one(
+    device: str, num_blocks: int, sizes: tuple[tuple[int, ...], ...], scale: float
 ) -> None:
-    """Rows of which some have a gradient, some will be read next, some both; the rest in two slices."""
-    generator = torch.Generator().manual_seed(T)
-    ids, next_ids = (torch.randint(0, V, (T,), generator=generator).to(device) for _ in range(2))
-    next_ids[:3] = ids[:3]
-    slots, place = ops.row_slots(ids, V), ops.row_slots(next_ids, V)
-    sums = ops.sum_rows(ids, torch.randn(T, H, generator=generator).to(device), slots)
-    other, factor = torch.randn(3, 5, device=device), torch.tensor(scale, device=device)
-    arguments = (_hyper(device), factor)
     results = []
-    for apart in (False, True):
-        p, m, v = (_tensors([(3, 5), (V, H)], device, seed) for seed in range(3))
-        v = [t.abs() for t in v]
-        if not apart:
-            rows = {"slots": slots, "row_param": 1}
-            ops.adam_step_(p, [other, sums], m, v, *arguments, decoupled=decoupled, **rows)
-            results.append(p + m + v)
-            continue
-        ops.adam_rows_(p[1], sums, m[1], v[1], next_ids, place, slots, *arguments, decoupled=decoupled)
-        for part, count in ((slice(0, V // 3), 3), (slice(V // 3, V), 1000)):
-            names = [0, 1] if part.start == 0 else [1]
-            lists = [[t[0], t[1][part]][-len(names) :] for t in (p, m, v)]
-            ops.adam_step_(
-                lists[0],
-                [other, sums][-len(names) :],
-                *lists[1:],
-                *arguments,
-                decoupled=decoupled,
-                slots=slots[part],
-                row_param=len(names) - 1,
-                done=place[part],
-                num_blocks=count,
-            )
-        results.append(p + m + v)
+    for blocks in (0, num_blocks):
+        lists = [_tensors(list(sizes), device, seed) for seed in range(4)]
+        lists[3] = [t.abs() for t in lists[3]]
+        decay = [i % 2 == 0 for i in range(len(sizes))]
+        factor = torch.tensor(scale, device=device)
+        ops.adam_step_(*lists, _hyper(device), factor, decoupled=False, decay=decay, num_blocks=blocks)
+        results.append(lists[0] + lists[2] + lists[3])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("T", "H", "V"), [(5, 8, 33), (40, 256, 1003), (70, 514, 41), (9, 132, 50), (3, 1, 7)]
+)
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(("steps", "stop"), [(1, None), (1, 0), (6, None), (6, 3), (16, None)])
+def test_rows_that_wait_for_updates_equal_one_step_after_the_other(
+    device: str, T: int, H: int, V: int, decoupled: bool, steps: int, stop: int | None
+) -> None:
+    """Before each step the rows of its tokens are current, behind the last all. `stop`: the first NaN."""
+    generator = torch.Generator().manual_seed(T)
+    ids = torch.randint(0, V, (steps, T), generator=generator)
+    ids[1::2, : T // 2] = ids[0 : steps - 1 : 2, : T // 2][: len(ids[1::2])]  # of two steps in a row
+    ids = ids.to(device)
+    slots = ops.row_slots(ids, V)
+    grads = [
+        ops.sum_rows(i, torch.randn(T, H, generator=generator).to(device), s)
+        for i, s in zip(ids, slots, strict=True)
+    ]
+    numbers = torch.arange(1, steps + 1)
+    hyper = torch.stack(
+        [1e-2 / numbers, numbers * 0 + 0.1, 1 - 0.9**numbers, 1 - 0.95**numbers, numbers * 0 + 9.0], 1
+    ).to(device)
+    scales = [torch.tensor(0.7 + 0.01 * s, device=device) for s in range(steps)]
+    for s in range(steps if stop is None else stop, steps):
+        scales[s].fill_(math.nan)
+
+    def start() -> list[torch.Tensor]:
+        p, m, v = (_tensors([(V, H)], device, seed)[0] for seed in range(3))
+        m[::3], v[::3] = 0.0, 0.0  # rows that no step has been at
+        return [p, m, v.abs()]
+
+    expected, state = start(), start()
+    for s in range(steps):
+        p, m, v = expected
+        by_rows = {"slots": slots[s], "row_param": 0}
+        rows = ids[s]
+        assert all(torch.equal(a[rows], b[rows]) for a, b in zip(expected, state, strict=True)), s
+        ops.adam_step_(
+            [p], [grads[s]], [m], [v], hyper[s, :4], scales[s], decoupled=decoupled, decay=T > 3, **by_rows
+        )
+        pending = (grads[: s + 1], slots, hyper, scales[: s + 1])
+        if s + 1 < steps:
+            ops.adam_rows_(*state, *pending, ids[s + 1], decoupled=decoupled, decay=T > 3)
+    before = [t.clone() for t in state]
+    for num_blocks in (0, 1, 7):
+        state = [t.clone() for t in before]
+        ops.adam_rows_(*state, *pending, decoupled=decoupled, decay=T > 3, num_blocks=num_blocks)
+        assert all(map(torch.equal, expected, state)), num_blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_each_result_is_rounded_as_written(decoupled: bool, step: int) -> None:
+    """The short ways to root and quotient give what PyTorch's own correctly rounded ones give, wherever a result
+    is larger than what is left of it in fp32; the products and sums around them are exact in fp64."""
+
+    def fma(a: torch.Tensor | float, b: torch.Tensor | float, c: torch.Tensor | float) -> torch.Tensor:
+        return (a * b + c).float().double()  # all of them fp32 values, but in fp64
+
+    def single(x: float) -> float:
+        return float(torch.tensor(x, dtype=torch.float32))
+
+    generator = torch.Generator().manual_seed(step)
+    n = 1 << 22
+    magnitude = torch.rand(n, generator=generator) * 60 - 40  # powers of two
+    p, g, m = (torch.randn(n, generator=generator).cuda() for _ in range(3))
+    g = g * torch.exp2(magnitude.cuda())
+    m = m * torch.exp2(magnitude.cuda() / 2)
+    v = torch.exp2(2 * magnitude.cuda()) * torch.rand(n, generator=generator).cuda()
+    m[::64], v[::64], g[::64] = 0.0, 0.0, 0.0
+    beta1, beta2, eps, lr, wd = 0.9, 0.95, 1e-8, 1e-3, 0.1
+    hyper = torch.tensor([lr, wd, 1 - beta1**step, 1 - beta2**step], device="cuda")
+    scale = torch.tensor(0.37, device="cuda")
+    lr32, wd32, bc1, bc2 = hyper.double().tolist()
+    grad = fma(g.double(), float(scale), 0.0 if decoupled else fma(wd32, p.double(), 0.0))
+    new_m = fma(single(beta1), m.double(), fma(single(1 - beta1), grad, 0.0))
+    new_v = fma(single(beta2), v.double(), fma(single(1 - beta2), fma(grad, grad, 0.0), 0.0))
+    correction = torch.tensor(bc2, device="cuda").float().sqrt()
+    root = new_v.float().sqrt() / correction
+    ratio = new_m.float() / (root + torch.tensor(eps, device="cuda"))
+    moved = fma(single(lr32 / bc1), ratio.double(), 0.0)
+    keep = single(1 - lr32 * wd32) if decoupled else 1.0
+    expected = fma(p.double(), keep, -moved).float()
+    lists = [[p], [g], [m], [v]]
+    ops.adam_step_(*lists, hyper, scale, beta1=beta1, beta2=beta2, eps=eps, decoupled=decoupled)
+    # A sum is rounded twice on its way through fp64, which shows once in 2^29 sums.
+    for got, want in ((m, new_m.float()), (v, new_v.float()), (p, expected)):
+        assert (got != want).sum() <= 2, (got != want).sum()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -390,20 +458,46 @@ def test_bad_arguments_of_an_update_beside() -> None:
     hyper, one = torch.ones(4), torch.ones(())
     lists = [[torch.ones(9, 4)] for _ in range(4)]
     slots = ops.row_slots(torch.tensor([1, 5]), 9)
-    rows = {"decoupled": True, "slots": slots, "row_param": 0}
     with pytest.raises(RuntimeError, match="num_blocks must be >= 0; got -1"):
-        ops.adam_step_(*lists, hyper, one, num_blocks=-1, **rows)
-    with pytest.raises(RuntimeError, match="done must be absent when num_blocks is 0"):
-        ops.adam_step_(*lists, hyper, one, done=slots, **rows)
-    with pytest.raises(RuntimeError, match="done must have the shape of slots"):
-        ops.adam_step_(*lists, hyper, one, done=slots[:5].clone(), num_blocks=1, **rows)
+        ops.adam_step_(*lists, hyper, one, decoupled=True, num_blocks=-1)
+    with pytest.raises(RuntimeError, match="num_blocks must be 0 with slots; got 1"):
+        ops.adam_step_(*lists, hyper, one, decoupled=True, slots=slots, row_param=0, num_blocks=1)
     with pytest.raises(RuntimeError, match="num_blocks must be 0 with ternary params"):
         sums = ops.abs_sums_like(lists[0])
         ops.adam_step_(*lists, hyper, one, decoupled=True, ternary=[True], abs_sums=sums, num_blocks=1)
-    with pytest.raises(ValueError, match="place must have shape"):
-        ids = torch.tensor([1])
-        ops.adam_rows_(*(t[0] for t in lists), ids, slots[:5], slots, hyper, one, decoupled=True)
     with pytest.raises(RuntimeError, match="known_index must be the index of one of 1 grads"):
         latch = torch.zeros(3, dtype=torch.float64)
         partials = ops.square_partials(lists[0][0])
         ops.clip_gradients_(lists[0], torch.zeros(1, dtype=torch.int64), 1.0, latch, known=(1, partials))
+
+
+def test_bad_arguments_of_rows_that_wait() -> None:
+    ids = torch.tensor([[1, 5], [2, 2]])
+    good: dict[str, Any] = {
+        "param": torch.ones(9, 4),
+        "exp_avg": torch.zeros(9, 4),
+        "exp_avg_sq": torch.zeros(9, 4),
+        "grads": [torch.ones(2, 4)],
+        "slots": ops.row_slots(ids, 9),
+        "hyper": torch.ones(2, 5),
+        "grad_scales": [torch.ones(())],
+        "ids": ids[1],
+    }
+    ops.adam_rows_(**good, decoupled=True)
+    slots = good["slots"]
+    for bad, match in (
+        ({"param": torch.ones(9)}, "param must have"),
+        ({"exp_avg": torch.ones(8, 4)}, "exp_avg"),
+        ({"grads": []}, "grads must be a list of at least one tensor"),
+        ({"grads": [torch.ones(2, 4)] * 17}, "grads must be those of 1 to 16 steps; got 17"),
+        ({"grads": [torch.ones(2, 3)]}, r"each of grads must have shape \[T, 4\]; got \[2, 3\]"),
+        ({"slots": slots[0]}, "slots must have"),
+        ({"slots": slots[:1]}, r"slots must have shape \[S, 9\] with S >= 2; got \[1, 9\]"),
+        ({"slots": slots[:, :5]}, r"slots must have shape \[S, 9\] with S >= 2; got \[2, 5\]"),
+        ({"hyper": torch.ones(1, 3)}, r"hyper must have shape \[S, 4 or more\] with S >= 1; got \[1, 3\]"),
+        ({"grad_scales": [torch.ones(())] * 2}, "grad_scales must be one for each of 1 grads; got 2"),
+        ({"ids": ids}, "ids must have"),
+        ({"ids": None, "num_blocks": -1}, "num_blocks must be >= 0; got -1"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=match):
+            ops.adam_rows_(**{**good, **bad}, decoupled=True)

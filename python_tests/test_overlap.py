@@ -11,8 +11,10 @@ import torch
 from test_train_step import BAD, Poisoned
 from test_trainer import CONFIG, VOCAB, model
 
+from bitnet_ext.training import step as step_module
 from bitnet_ext.training.adam import FusedAdam
 from bitnet_ext.training.distributed import World
+from bitnet_ext.training.overlap import MAX_STEPS
 from bitnet_ext.training.step import UNROLLED_STEPS, NonFiniteGradientError, TrainStep
 
 STEPS = 4 * UNROLLED_STEPS
@@ -76,7 +78,7 @@ def test_deferred_updates_change_no_bit(settings: dict[str, Any], kind: type[Tra
     assert deferred._overlap is not None
     deferred._rows[:, 0].copy_(torch.from_numpy(rows[..., :-1]))
     deferred._rows[:, 1].copy_(torch.from_numpy(rows[..., 1:]))
-    for count in (8, 1, 13):
+    for count in (5, 1, MAX_STEPS):
         deferred._make(count)
     records = []
     for start in range(len(rows)):
@@ -107,6 +109,26 @@ def test_the_overlapped_graph_equals_the_eager_step(settings: dict[str, Any]) ->
     assert [steps for steps, _ in captured._graphs] == [UNROLLED_STEPS, 1]
     for name, p in captured.optimizer.named.items():  # of the last step, which was made alone or in a graph
         assert p.grad is not None, name
+
+
+def test_more_steps_together_than_can_wait() -> None:
+    step = runner("cpu")
+    step._allocate(MAX_STEPS + 1)
+    step._start_overlap(None)
+    with pytest.raises(AssertionError, match="at most 16 steps can be made together, got 17"):
+        step._make(MAX_STEPS + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("unrolled", [2, MAX_STEPS])
+def test_graphs_of_any_length_equal_the_eager_step(unrolled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also two of them in a row: the second finds every row up to date."""
+    monkeypatch.setattr(step_module, "UNROLLED_STEPS", unrolled)
+    captured, eager = runner("cuda"), runner("cuda", cuda_graph=False)
+    rows = rows_of(2 * unrolled)
+    assert torch.equal(captured.run(0, rows), eager.run(0, rows))
+    assert captured._graphs[0][0] == unrolled
+    assert_same_state(captured, eager)
 
 
 @pytest.mark.gpu

@@ -79,7 +79,7 @@ RULES = [
     Rule("glu_backward", r"norm_backward_kernel<.*ChunkShape<\d+, \d, true,", (LOAD_16, STORE_16)),
     Rule("adam", r"adam_step_kernel", (LOAD_16, STORE_16)),
     Rule("adam_beside", r"adam_beside_kernel<true>", (r"\bLDG\.E\.EF\.128", r"\bSTG\.E\.EF\.128")),
-    Rule("adam_rows", r"adam_rows_kernel", (LOAD_16, STORE_16)),
+    Rule("adam_rows", r"adam_all_rows_kernel<true>", (r"\bLDG\.E\.EF\.128", r"\bSTG\.E\.EF\.128")),
     Rule("grad_norm", r"square_sums_kernel", (LOAD_16,)),
     Rule("row_gradient", r"sum_rows_kernel", (LOAD_16, STORE_16)),
     Rule("softmax", r"softmax_stats_kernel<", (LOAD_16,)),

@@ -162,7 +162,6 @@ def adam_step_(
     abs_sums: Tensor | None = None,
     slots: Tensor | None = None,
     row_param: int = -1,
-    done: Tensor | None = None,
     num_blocks: int = 0,
 ) -> None:
     """One Adam update of `params` in place, in one pass over memory; on CUDA one launch for up to 72 tensors.
@@ -185,9 +184,7 @@ def adam_step_(
         slots, row_param: the gradient of params[row_param], an embedding [V, H], is given by :func:`sum_rows`:
             grads[row_param] is its sums [T, H], slots int32 [V]. Rows without a slot have gradient 0.
         num_blocks: on CUDA, blocks of 256 threads that do it all and leave room for kernels of other streams; 0
-            for as many as there is work for. Not with ternary params. Without effect on the CPU.
-        done: int32 [V], with slots and num_blocks: rows of params[row_param] that have a number >= 0 here were
-            updated before (:func:`adam_rows_`) and are left as they are.
+            for as many as there is work for. Not with ternary params or slots. Without effect on the CPU.
     """
     op = "adam_step_"
     for name, tensors in (
@@ -235,7 +232,6 @@ def adam_step_(
         beta2,
         eps,
         decoupled,
-        done,
         num_blocks,
     )
     if not torch.compiler.is_compiling():
@@ -244,39 +240,71 @@ def adam_step_(
 
 def adam_rows_(
     param: Tensor,
-    grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    ids: Tensor,
-    place: Tensor,
+    grads: Sequence[Tensor],
     slots: Tensor,
     hyper: Tensor,
-    grad_scale: Tensor,
+    grad_scales: Sequence[Tensor],
+    ids: Tensor | None = None,
     *,
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
     decoupled: bool,
     decay: bool = True,
+    num_blocks: int = 0,
 ) -> None:
-    """:func:`adam_step_` for the rows `ids` of one embedding alone, so that they can be read before the rest.
+    """:func:`adam_step_` of the steps 0 .. n - 1 for rows of one embedding that wait for them, in one pass.
+
+    A step changes a row without a gradient by nothing but what is in it. So of the steps of a sequence each only
+    needs the rows of its own ids to be up to date, and all others may wait. What a row waits for are the updates
+    from the last step on whose ids hold it, or from step 0 on: it was brought up to date before that step. The
+    results are the bits of one :func:`adam_step_` after the other.
 
     Args:
         param, exp_avg, exp_avg_sq: float32 [V, H].
-        grad, slots: float32 [.., H] and int32 [V], the gradient by rows as of :func:`sum_rows`.
-        ids: int64 [T], each in [0, V) or left out; an id that occurs twice is updated once.
-        place: int32 [V], :func:`row_slots` of ids: as `done` of :func:`adam_step_` it names these rows.
+        grads: of n steps, 1 to 16, the float32 [T, H] of :func:`sum_rows`.
+        slots: int32 [S, V], :func:`row_slots` of the steps' ids; S is n or more, and more with ids.
+        hyper: float32 [S, 4 or more] with a row a step, which begins as that of :func:`adam_step_`; S >= n.
+        grad_scales: n of float32 []; from the first NaN on no update is made.
+        ids: int64 [T] of step n, whose slots are slots[n]: only its rows are brought up to date, those not in
+            [0, V) left out. None for all rows.
+        num_blocks: for all rows on CUDA, as in :func:`adam_step_`.
     """
     op = "adam_rows_"
-    for name, t in (("param", param), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+    for name, t in (("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _checks.tensor(op, name, t, dtypes=(torch.float32,), dim=2)
         _checks.same_device(op, name, t, "param", param)
-    _checks.tensor(op, "ids", ids, dtypes=(torch.int64,), dim=1)
-    for name, t in (("place", place), ("slots", slots)):
-        _checks.tensor(op, name, t, dtypes=(torch.int32,))
-        _checks.shape(op, name, t, param.shape[:1], "a place for each row of param")
-    tensors = (param, grad, exp_avg, exp_avg_sq, ids.contiguous(), place, slots, hyper.contiguous())
-    _ops.adam_rows_(*tensors, grad_scale, decay, beta1, beta2, eps, decoupled)
+        if not t.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {t.stride()}")
+    for name, list_of in (("grads", grads), ("grad_scales", grad_scales)):
+        _check_list(op, name, list_of)
+        _checks.same_device(op, f"{name}[0]", list_of[0], "param", param)
+    _checks.tensor(op, "slots", slots, dtypes=(torch.int32,), dim=2)
+    _checks.tensor(op, "hyper", hyper, dtypes=(torch.float32,), dim=2)
+    _checks.same_device(op, "slots", slots, "param", param)
+    _checks.same_device(op, "hyper", hyper, "param", param)
+    if ids is not None:
+        _checks.tensor(op, "ids", ids, dtypes=(torch.int64,), dim=1)
+        _checks.same_device(op, "ids", ids, "param", param)
+        ids = ids.contiguous()
+    _ops.adam_rows_(
+        param,
+        exp_avg,
+        exp_avg_sq,
+        [g.contiguous() for g in grads],
+        slots.contiguous(),
+        hyper.contiguous(),
+        list(grad_scales),
+        ids,
+        decay,
+        beta1,
+        beta2,
+        eps,
+        decoupled,
+        num_blocks,
+    )
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([param, exp_avg, exp_avg_sq])
 

@@ -11,7 +11,7 @@ from bitnet_ext import ops
 from bitnet_ext.ops import QuantizedWeight
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.muon import Muon
-from bitnet_ext.training.optimizer import Optimizer, RowGradient
+from bitnet_ext.training.optimizer import Optimizer
 
 
 class FusedAdam(Optimizer):
@@ -90,21 +90,55 @@ class FusedAdam(Optimizer):
             )
         self.refresh_codes(sums)
 
-    def step_rows(self, ids: Tensor, place: Tensor, hyper: Tensor, grad_scale: Tensor) -> None:
-        """The update of the rows `ids` int64 [T] of the parameter of `row_gradient`.
+    def step_rows(
+        self,
+        name: str,
+        sums: Sequence[Tensor],
+        slots: Tensor,
+        hyper: Tensor,
+        grad_scales: Sequence[Tensor],
+        ids: Tensor | None = None,
+        num_blocks: int = 0,
+    ) -> None:
+        """The updates for which rows of the embedding `name` wait: see :func:`bitnet_ext.ops.adam_rows_`.
 
-        place: :func:`bitnet_ext.ops.row_slots` of ids, which tells :meth:`step_beside` what was done here.
+        Args:
+            sums, grad_scales: of each pending step, of :attr:`row_gradient` and :meth:`grad_norm_and_scale`.
+            slots, hyper: of all steps.
+            ids: of the next step, for its rows only.
+            num_blocks: of a launch for all rows.
         """
-        assert self.row_gradient is not None
-        name, sums, slots = self.row_gradient
         ops.adam_rows_(
             self.named[name].detach(),
-            sums,
             self.exp_avg[name],
             self.exp_avg_sq[name],
-            ids,
-            place,
+            sums,
             slots,
+            hyper,
+            grad_scales,
+            ids,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=self.config.eps,
+            decoupled=self._decoupled,
+            decay=self.decays[name],
+            num_blocks=num_blocks,
+        )
+
+    def step_beside(
+        self, name: str, grad: Tensor, hyper: Tensor, grad_scale: Tensor, num_blocks: int
+    ) -> None:
+        """The update of a large parameter that is not ternary, in a launch that leaves room for other streams.
+
+        Args:
+            grad: dense.
+            num_blocks: of the launch.
+        """
+        ops.adam_step_(
+            [self.named[name].detach()],
+            [grad],
+            [self.exp_avg[name]],
+            [self.exp_avg_sq[name]],
             hyper[:4],
             grad_scale,
             beta1=self.config.beta1,
@@ -112,42 +146,6 @@ class FusedAdam(Optimizer):
             eps=self.config.eps,
             decoupled=self._decoupled,
             decay=self.decays[name],
-        )
-
-    def step_beside(
-        self,
-        grads: dict[str, Tensor],
-        rows: tuple[RowGradient, slice, Tensor] | None,
-        hyper: Tensor,
-        grad_scale: Tensor,
-        num_blocks: int,
-    ) -> None:
-        """The update of large parameters that are not ternary, in a launch that leaves room for other streams.
-
-        Args:
-            grads: dense, by name.
-            rows: a gradient by rows, which rows of its parameter to update, and where :meth:`step_rows` was.
-            num_blocks: of the launch.
-        """
-        whole = slice(None)
-        parts = [(name, whole, grad) for name, grad in grads.items()]
-        if rows is not None:
-            parts.append((rows[0].name, rows[1], rows[0].sums))
-        ops.adam_step_(
-            [self.named[name].detach()[part] for name, part, _ in parts],
-            [grad for *_, grad in parts],
-            [self.exp_avg[name][part] for name, part, _ in parts],
-            [self.exp_avg_sq[name][part] for name, part, _ in parts],
-            hyper[:4],
-            grad_scale,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            eps=self.config.eps,
-            decoupled=self._decoupled,
-            decay=[self.decays[name] for name, *_ in parts],
-            slots=None if rows is None else rows[0].slots[rows[1]],
-            row_param=-1 if rows is None else len(parts) - 1,
-            done=None if rows is None else rows[2][rows[1]],
             num_blocks=num_blocks,
         )
 

@@ -40,9 +40,9 @@ RECORD = ("loss", "cross_entropy", "entropy", "grad_norm")
 #: Steps whose rows are sent to a GPU at once: the host looks at the device once in so many steps.
 BLOCK_STEPS = 64
 
-#: Steps of a graph whose steps overlap. The last one updates everything before it ends, which the others do
-#: beside the next one; a block is a whole number of such graphs, and what it lacks is made step by step. To capture
-#: 16 takes 0.2 s longer than one, and a study captures hundreds of times.
+#: Steps of a graph whose steps overlap, at most ``overlap.MAX_STEPS``. The last one updates everything before it ends,
+#: which the others put off or do beside the next one; a block is a whole number of such graphs, and what it lacks is
+#: made step by step. To capture 16 takes 0.2 s longer than one, and a study captures hundreds of times.
 UNROLLED_STEPS = 8
 
 #: Tokens of a step up to which a GPU takes the embedding's gradient by rows.
@@ -227,28 +227,21 @@ class TrainStep:
         rows = self._rows.index_select(0, positions)
         hyper = self._table.index_select(0, numbers)
         records = torch.empty(count, len(RECORD), device=self.device)
-        slots = None
         if self._overlap is not None:
-            slots = ops.row_slots(rows[:, 0].flatten(1), self._overlap.vocab_size)
+            self._overlap.begin(rows[:, 0].flatten(1), hyper)
         for index in range(count):
             self._number = numbers[index : index + 1]
             self.optimizer.zero_grad()
             values = self._gradients(rows[index])
             self.optimizer.add_decay(hyper[index, 1])
-            if self._overlap is None or slots is None:
+            if self._overlap is None:
                 norm, scale = self.optimizer.grad_norm_and_scale(self._number)
                 self.optimizer.step(hyper[index], scale)
                 torch.stack([*values, norm], out=records[index])
                 continue
-            squares = self._overlap.squares_of_head(slots[index])
+            squares = self._overlap.squares_of_head()
             norm, scale = self.optimizer.grad_norm_and_scale(self._number, squares)
-            values.append(norm)
-            if index + 1 < count:
-                next_ids = rows[index + 1, 0].flatten()
-                self._overlap.update(hyper[index], scale, next_ids, slots[index + 1], values, records[index])
-            else:
-                self.optimizer.step(hyper[index], scale)
-                torch.stack(values, out=records[index])
+            self._overlap.update(scale, [*values, norm], records[index])
         self._record.index_copy_(0, positions, records)
         self._position += count
         self._step += count

@@ -185,7 +185,6 @@ std::vector<float*> matching_data(const char* op,
 // A gradient [V, H] of which only some rows are not 0.
 struct RowGradient {
   const int32_t* slots = nullptr;  // [V]: the row of `rows`, or -1
-  const int32_t* done = nullptr;   // [V]: rows with a number >= 0 are passed over; may be null
   const float* rows = nullptr;     // [T, H]
   int64_t H = 0;
   std::vector<float> zeros;  // [H]
@@ -196,23 +195,16 @@ struct RowGradient {
     for (int64_t place = start; place < start + count;) {
       const int64_t row = place / H, column = place % H;
       const int64_t length = std::min(H - column, start + count - place);
-      if (done == nullptr || done[row] < 0) {
-        f(place, (slots[row] < 0 ? zeros.data() : rows + slots[row] * H) + column, length);
-      }
+      f(place, (slots[row] < 0 ? zeros.data() : rows + slots[row] * H) + column, length);
       place += length;
     }
   }
 };
 
-// Without decay.
+// Without decay; hyper [4].
 AdamStep adam_constants(
-    const char* op, const Tensor& hyper, const Tensor& grad_scale, double beta1, double beta2, double eps) {
-  check_input(op, "hyper", hyper, ScalarType::Float);
-  check_vector(op, "hyper", hyper, 4);
-  check_input(op, "grad_scale", grad_scale, ScalarType::Float);
-  check_numel(op, "grad_scale", grad_scale, 1);
-  const auto* h = static_cast<const float*>(hyper.const_data_ptr());
-  const float lr = h[0], weight_decay = h[1], bias1 = h[2], bias2 = h[3];
+    const char* op, const float* hyper, float grad_scale, double beta1, double beta2, double eps) {
+  const float lr = hyper[0], weight_decay = hyper[1], bias1 = hyper[2], bias2 = hyper[3];
   if (!(bias1 > 0.0f && bias2 > 0.0f)) {
     fail(op,
          "hyper must hold (lr, weight_decay, 1 - beta1^t, 1 - beta2^t) with the last two > 0; got ",
@@ -226,7 +218,7 @@ AdamStep adam_constants(
   step.one_minus_beta1 = static_cast<float>(1.0 - beta1);
   step.beta2 = static_cast<float>(beta2);
   step.one_minus_beta2 = static_cast<float>(1.0 - beta2);
-  step.grad_scale = *static_cast<const float*>(grad_scale.const_data_ptr());
+  step.grad_scale = grad_scale;
   step.l2 = weight_decay;
   step.shrink = static_cast<float>(1.0 - static_cast<double>(lr) * static_cast<double>(weight_decay));
   step.step_size = lr / bias1;
@@ -256,7 +248,6 @@ void adam_step_(const std::vector<Tensor>& params,
                 double beta2,
                 double eps,
                 bool decoupled,
-                const std::optional<Tensor>& done,
                 int64_t num_blocks) {
   const char* op = "adam_step_";
   const std::vector<float*> p = matching_data(op, "params", params, params);
@@ -278,22 +269,26 @@ void adam_step_(const std::vector<Tensor>& params,
   }
   check_abs_sums(op, abs_sums, num_sums);
   check_row_param(op, params, grads, slots, row_param);
-  check_beside(op, slots, done, num_blocks, num_sums);
+  check_beside(op, slots, num_blocks, num_sums);
   RowGradient row_gradient;
   if (slots.has_value()) {
     check_input(op, "slots", *slots, ScalarType::Int);
     const size_t i = static_cast<size_t>(row_param);
     row_gradient = {static_cast<const int32_t*>(slots->const_data_ptr()),
-                    nullptr,
                     g[i],
                     params[i].size(1),
                     std::vector<float>(static_cast<size_t>(params[i].size(1)))};
   }
-  if (done.has_value()) {
-    check_input(op, "done", *done, ScalarType::Int);
-    row_gradient.done = static_cast<const int32_t*>(done->const_data_ptr());
-  }
-  const AdamStep step = adam_constants(op, hyper, grad_scale, beta1, beta2, eps);
+  check_input(op, "hyper", hyper, ScalarType::Float);
+  check_vector(op, "hyper", hyper, 4);
+  check_input(op, "grad_scale", grad_scale, ScalarType::Float);
+  check_numel(op, "grad_scale", grad_scale, 1);
+  const AdamStep step = adam_constants(op,
+                                       static_cast<const float*>(hyper.const_data_ptr()),
+                                       *static_cast<const float*>(grad_scale.const_data_ptr()),
+                                       beta1,
+                                       beta2,
+                                       eps);
   const AdamStep decayed = with_decay(step, decoupled);
   const bool skip = std::isnan(step.grad_scale);  // clip_gradients_ says: no step
 
@@ -319,44 +314,64 @@ void adam_step_(const std::vector<Tensor>& params,
 }
 
 void adam_rows_(const Tensor& param,
-                const Tensor& grad,
                 const Tensor& exp_avg,
                 const Tensor& exp_avg_sq,
-                const Tensor& ids,
-                const Tensor& place,
+                const std::vector<Tensor>& grads,
                 const Tensor& slots,
                 const Tensor& hyper,
-                const Tensor& grad_scale,
+                const std::vector<Tensor>& grad_scales,
+                const std::optional<Tensor>& ids,
                 bool decay,
                 double beta1,
                 double beta2,
                 double eps,
-                bool decoupled) {
+                bool decoupled,
+                int64_t num_blocks) {
   const char* op = "adam_rows_";
+  check_pending_steps(op, param, grads, slots, hyper, grad_scales, ids);
+  check_num_blocks(op, num_blocks);
   float* p = matching_data(op, "param", {param}, {param})[0];
   float* m = matching_data(op, "exp_avg", {exp_avg}, {param})[0];
   float* v = matching_data(op, "exp_avg_sq", {exp_avg_sq}, {param})[0];
-  check_input(op, "grad", grad, ScalarType::Float);
-  check_input(op, "ids", ids, ScalarType::Long);
-  check_input(op, "place", place, ScalarType::Int);
   check_input(op, "slots", slots, ScalarType::Int);
-  check_row_param(op, {param}, {grad}, slots, 0);
-  check_dim(op, "ids", ids, 1);
-  check_vector(op, "place", place, param.size(0));
-  AdamStep step = adam_constants(op, hyper, grad_scale, beta1, beta2, eps);
-  if (decay) step = with_decay(step, decoupled);
-  if (std::isnan(step.grad_scale)) return;
+  check_input(op, "hyper", hyper, ScalarType::Float);
+  std::vector<AdamStep> steps;  // those before the first whose grad_scale is NaN
+  std::vector<const float*> rows;
+  bool stopped = false;
+  for (size_t s = 0; s < grads.size(); ++s) {
+    check_input(op, item("grads", s).c_str(), grads[s], ScalarType::Float);
+    check_input(op, item("grad_scales", s).c_str(), grad_scales[s], ScalarType::Float);
+    const float scale = *static_cast<const float*>(grad_scales[s].const_data_ptr());
+    const auto* h =
+        static_cast<const float*>(hyper.const_data_ptr()) + static_cast<int64_t>(s) * hyper.size(1);
+    const AdamStep step = adam_constants(op, h, scale, beta1, beta2, eps);
+    stopped |= std::isnan(scale);
+    if (!stopped) steps.push_back(decay ? with_decay(step, decoupled) : step);
+    rows.push_back(static_cast<const float*>(grads[s].const_data_ptr()));
+  }
   const Kernels& table = kernels();
-  const int64_t V = param.size(0), H = param.size(1);
+  const int64_t V = param.size(0), H = param.size(1), pending = static_cast<int64_t>(grads.size());
   const std::vector<float> zeros(static_cast<size_t>(H));
-  const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
-  const auto* first = static_cast<const int32_t*>(place.const_data_ptr());
   const auto* slot = static_cast<const int32_t*>(slots.const_data_ptr());
-  const auto* rows = static_cast<const float*>(grad.const_data_ptr());
-  for (int64_t t = 0; t < ids.numel(); ++t) {
-    if (id[t] < 0 || id[t] >= V || first[id[t]] != t) continue;
-    const int64_t start = id[t] * H, from = slot[id[t]];
-    table.adam(p + start, from < 0 ? zeros.data() : rows + from * H, m + start, v + start, H, step);
+  const auto update = [&](int64_t row) {
+    int64_t first = pending - 1;
+    while (first > 0 && slot[first * V + row] < 0) --first;
+    const int64_t from = slot[first * V + row];
+    const float* grad = from < 0 ? zeros.data() : rows[static_cast<size_t>(first)] + from * H;
+    for (size_t s = static_cast<size_t>(first); s < steps.size(); ++s, grad = zeros.data()) {
+      table.adam(p + row * H, grad, m + row * H, v + row * H, H, steps[s]);
+    }
+  };
+  if (!ids.has_value()) {
+    parallel_for(0, V, grain_for(H * 24), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) update(row);
+    });
+    return;
+  }
+  check_input(op, "ids", *ids, ScalarType::Long);
+  const auto* id = static_cast<const int64_t*>(ids->const_data_ptr());
+  for (int64_t t = 0; t < ids->numel(); ++t) {
+    if (id[t] >= 0 && id[t] < V && slot[pending * V + id[t]] == t) update(id[t]);
   }
 }
 

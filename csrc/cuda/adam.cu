@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     return;
   }
-  const AdamFactors factors = adam_factors(settings, grad_scale, decay);
+  const AdamFactors factors = adam_factors(settings.rule, settings.hyper, grad_scale, decay);
 
   double sums[kVec] = {};
 #pragma unroll 1  // 2 and 4 are no faster (H200), with more registers
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     load_floats(table.exp_avg[t] + i, valid, aligned, m);
     load_floats(table.exp_avg_sq[t] + i, valid, aligned, v);
-    adam_update(settings, factors, g, p, m, v);
+    adam_update(settings.rule, factors, g, p, m, v);
     store_floats(table.param[t] + i, valid, aligned, p);
     store_floats(table.exp_avg[t] + i, valid, aligned, m);
     store_floats(table.exp_avg_sq[t] + i, valid, aligned, v);

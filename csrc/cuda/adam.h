@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/quantize_weight.h"
+#include "pending_steps.h"
 
 namespace bitnet_ext::cuda {
 
@@ -38,17 +39,21 @@ constexpr int64_t adam_blocks(int64_t numel, bool ternary) {
   return ternary ? absmean_partials(numel) : (numel + 4095) / 4096;
 }
 
-struct AdamSettings {
-  const float* hyper;       // [4]: lr, weight_decay, 1 - beta1^t, 1 - beta2^t, read on the device
-  const float* grad_scale;  // []; NaN leaves all tensors as they are
-  const int32_t* slots;     // of the tensor with kRows: the row of grad for each row of param, or -1 for none
-  const int32_t* done;      // rows of that tensor with a number >= 0 here are left as they are; may be null
-  uint32_t row_width;       // its columns
-  double* abs_sums;         // partial sums of the new |param| of ternary tensors, or null
+// What holds for every step.
+struct AdamRule {
   float beta1, beta2;
   float one_minus_beta1, one_minus_beta2;  // rounded once, from fp64
   float eps;
   bool decoupled;
+};
+
+struct AdamSettings {
+  AdamRule rule;
+  const float* hyper;       // [4]: lr, weight_decay, 1 - beta1^t, 1 - beta2^t, read on the device
+  const float* grad_scale;  // []; NaN leaves all tensors as they are
+  const int32_t* slots;     // of the tensor with kRows: the row of grad for each row of param, or -1 for none
+  uint32_t row_width;       // its columns
+  double* abs_sums;         // partial sums of the new |param| of ternary tensors, or null
 };
 
 cudaError_t launch_adam_step(const AdamTable& table,
@@ -56,26 +61,31 @@ cudaError_t launch_adam_step(const AdamTable& table,
                              bool dependent,
                              cudaStream_t stream);
 
-// The same update of tensors without sums of |param|, by `blocks` blocks (at least 1) that leave room on
-// every multiprocessor for kernels of other streams. Only here is settings.done looked at.
+// The same update of tensors without sums of |param| and without kRows, by `blocks` blocks (at least 1) that
+// leave room on every multiprocessor for kernels of other streams.
 cudaError_t launch_adam_beside(
     const AdamTable& table, const AdamSettings& settings, int blocks, bool dependent, cudaStream_t stream);
 
-// Some rows of an embedding [V, H], with its gradient given by rows.
+// The updates of an embedding [V, H] by `steps` steps, for which its rows wait.
 struct AdamRowsArgs {
-  float* param;          // [V, H], and the moments like it
-  float* exp_avg;        // [V, H]
-  float* exp_avg_sq;     // [V, H]
-  const int64_t* ids;    // [T]: the rows to update
-  const int32_t* place;  // [V]: where an id is first in ids
-  const float* grad;     // [.., H]: AdamSettings::slots says which row of it belongs to a row of param
+  AdamRule rule;
+  float* param;                               // [V, H], and the moments like it
+  float* exp_avg;                             // [V, H]
+  float* exp_avg_sq;                          // [V, H]
+  const float* grad[kMaxPendingSteps];        // [.., H] of each step; slots says whose rows these are
+  const float* grad_scale[kMaxPendingSteps];  // [] of each step; from the first NaN on no update is made
+  const float* hyper;    // of each step four values as in AdamSettings, hyper_stride apart
+  const int32_t* slots;  // [steps (+ 1 with ids), V]: the row of grad, or -1 for none
+  const int64_t* ids;    // [T], of the next step, whose places are slots[steps]
+  int64_t hyper_stride;
   int64_t T, H, V;
+  int steps;
   bool decay;
-  bool aligned;  // all four are multiples of 16 and H of 4
+  bool aligned;  // all pointers to floats but hyper are multiples of 16, and H of 4
 };
-cudaError_t launch_adam_rows(const AdamRowsArgs& args,
-                             const AdamSettings& settings,
-                             bool dependent,
-                             cudaStream_t stream);
+// The rows of ids.
+cudaError_t launch_adam_rows(const AdamRowsArgs& args, bool dependent, cudaStream_t stream);
+// All rows, by `blocks` blocks as above, or 0 to fill the GPU.
+cudaError_t launch_adam_all_rows(const AdamRowsArgs& args, int blocks, bool dependent, cudaStream_t stream);
 
 }  // namespace bitnet_ext::cuda

@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kOrderThreads = 1024, kOrderWarps = kOrderThreads / 32;
 constexpr int kClasses = 16;
-constexpr float kLargestProduct = 128.0f * 127.0f;
+// Stages of the largest products whose sum is sure to fit int32.
+constexpr int kMostStages = 2147000000 / (128 * 127 * kStageTokens);
 
 // The power of two that a token's magnitude lies below, counted down from the largest token's.
 __device__ __forceinline__ int class_of(uint32_t bits, uint32_t largest) {
@@ -228,24 +229,23 @@ __global__ void __launch_bounds__(kOrderThreads) order_tokens_kernel(const Quant
   for (int j = M + static_cast<int>(threadIdx.x); j < places; j += kOrderThreads) args.order[j] = -1;
 
   // Bounds of the stages. A stage may go down to its first token's class, as long as no sum can leave int32:
-  // all before it, in its units, and all that follows it, unreduced.
-  if (threadIdx.x == 0) {
-    const float top = largest >= 0x7f800000u
-                          ? __uint_as_float(0x7fffffffu)
-                          : exp2f(static_cast<float>(static_cast<int>(largest >> 23) - 126));
-    int shift = 0, c = 0;
-    float sum = 0.0f;  // of what lies before, in units of the present shift
-    for (int s = 0; s < places / kStageTokens; ++s) {
-      const int first = s * kStageTokens;
-      while (c + 1 < kClasses && class_begin[c + 1] <= first) ++c;
-      const float left = kLargestProduct * static_cast<float>(places - first);
-      while (shift < c && 2.0f * sum + left < 2147000000.0f) {
-        ++shift;
-        sum *= 2.0f;
-      }
-      args.stage_bound[s] = ldexpf(top, -shift);
-      sum += kLargestProduct * kStageTokens;
+  // all before it, in its units, and all that follows it, unreduced, both counted in stages. From a stage to
+  // the next twice the former plus the latter grows by 1, so a class is gone down to at its first whole stage
+  // or never, and each stage finds its bound from the classes alone.
+  const float top = largest >= 0x7f800000u ? __uint_as_float(0x7fffffffu)
+                                           : exp2f(static_cast<float>(static_cast<int>(largest >> 23) - 126));
+  const int stages = places / kStageTokens;
+  for (int s = threadIdx.x; s < stages; s += kOrderThreads) {
+    int shift = 0, before = 0, last = 0;
+    for (int c = 1; c < kClasses; ++c) {
+      const int first = (class_begin[c] + kStageTokens - 1) / kStageTokens;
+      before += first - last;
+      last = first;
+      if (first > s || 2 * before + stages - first > kMostStages) break;
+      before *= 2;
+      shift = c;
     }
+    args.stage_bound[s] = ldexpf(top, -shift);
   }
 }
 

@@ -122,6 +122,29 @@ __device__ __forceinline__ void store_floats(T* p, int64_t valid, bool aligned, 
   }
 }
 
+// The same for four floats that are not used again soon: the lines are the first to leave the caches. kWhole:
+// runs are whole and aligned, so that only `valid` <= 0 is not; such a load leaves `out` as it is.
+template <bool kWhole>
+__device__ __forceinline__ void load_once(const float* p, int64_t valid, float (&out)[4]) {
+  if constexpr (kWhole) {
+    if (valid <= 0) return;
+    const float4 raw = __ldcs(reinterpret_cast<const float4*>(p));
+    out[0] = raw.x, out[1] = raw.y, out[2] = raw.z, out[3] = raw.w;
+  } else {
+    load_floats(p, valid, false, out);
+  }
+}
+
+template <bool kWhole>
+__device__ __forceinline__ void store_once(float* p, int64_t valid, const float (&values)[4]) {
+  if constexpr (kWhole) {
+    if (valid <= 0) return;
+    __stcs(reinterpret_cast<float4*>(p), make_float4(values[0], values[1], values[2], values[3]));
+  } else {
+    store_floats(p, valid, false, values);
+  }
+}
+
 // The first `valid` of 16 bytes at any address, zero beyond.
 __device__ __forceinline__ uint4 load_bytes_16(const void* address, int64_t valid) {
   const uint8_t* bytes = static_cast<const uint8_t*>(address);

@@ -172,27 +172,15 @@ std::vector<float*> matching_data(const LaunchContext& context,
   return pointers;
 }
 
-AdamSettings adam_settings(const LaunchContext& context,
-                           const Tensor& hyper,
-                           const Tensor& grad_scale,
-                           double beta1,
-                           double beta2,
-                           double eps,
-                           bool decoupled) {
-  context.check_input("hyper", hyper, ScalarType::Float);
-  check_vector(context.op(), "hyper", hyper, 4);
-  context.check_input("grad_scale", grad_scale, ScalarType::Float);
-  check_numel(context.op(), "grad_scale", grad_scale, 1);
-  AdamSettings settings = {};
-  settings.hyper = const_data<float>(hyper);
-  settings.grad_scale = const_data<float>(grad_scale);
-  settings.beta1 = static_cast<float>(beta1);
-  settings.beta2 = static_cast<float>(beta2);
-  settings.one_minus_beta1 = static_cast<float>(1.0 - beta1);
-  settings.one_minus_beta2 = static_cast<float>(1.0 - beta2);
-  settings.eps = static_cast<float>(eps);
-  settings.decoupled = decoupled;
-  return settings;
+AdamRule adam_rule(double beta1, double beta2, double eps, bool decoupled) {
+  AdamRule rule = {};
+  rule.beta1 = static_cast<float>(beta1);
+  rule.beta2 = static_cast<float>(beta2);
+  rule.one_minus_beta1 = static_cast<float>(1.0 - beta1);
+  rule.one_minus_beta2 = static_cast<float>(1.0 - beta2);
+  rule.eps = static_cast<float>(eps);
+  rule.decoupled = decoupled;
+  return rule;
 }
 
 void adam_step_(const std::vector<Tensor>& params,
@@ -210,14 +198,20 @@ void adam_step_(const std::vector<Tensor>& params,
                 double beta2,
                 double eps,
                 bool decoupled,
-                const std::optional<Tensor>& done,
                 int64_t num_blocks) {
   const LaunchContext context("adam_step_", hyper);
   const std::vector<float*> p = matching_data(context, "params", params, params);
   const std::vector<float*> g = matching_data(context, "grads", grads, params, row_param);
   const std::vector<float*> m = matching_data(context, "exp_avg", exp_avg, params);
   const std::vector<float*> v = matching_data(context, "exp_avg_sq", exp_avg_sq, params);
-  AdamSettings settings = adam_settings(context, hyper, grad_scale, beta1, beta2, eps, decoupled);
+  context.check_input("hyper", hyper, ScalarType::Float);
+  check_vector(context.op(), "hyper", hyper, 4);
+  context.check_input("grad_scale", grad_scale, ScalarType::Float);
+  check_numel(context.op(), "grad_scale", grad_scale, 1);
+  AdamSettings settings = {};
+  settings.rule = adam_rule(beta1, beta2, eps, decoupled);
+  settings.hyper = const_data<float>(hyper);
+  settings.grad_scale = const_data<float>(grad_scale);
   check_length(context.op(), "decay", decay.size(), params.size());
   check_length(context.op(), "ternary", ternary.size(), params.size());
   int64_t num_sums = 0;
@@ -231,11 +225,7 @@ void adam_step_(const std::vector<Tensor>& params,
   }
   check_abs_sums(context.op(), abs_sums, num_sums);
   check_row_param(context.op(), params, grads, slots, row_param);
-  check_beside(context.op(), slots, done, num_blocks, num_sums);
-  if (done.has_value()) {
-    context.check_input("done", *done, ScalarType::Int);
-    settings.done = const_data<int32_t>(*done);
-  }
+  check_beside(context.op(), slots, num_blocks, num_sums);
   if (slots.has_value()) {
     context.check_input("slots", *slots, ScalarType::Int);
     settings.slots = const_data<int32_t>(*slots);
@@ -285,45 +275,57 @@ void adam_step_(const std::vector<Tensor>& params,
 }
 
 void adam_rows_(const Tensor& param,
-                const Tensor& grad,
                 const Tensor& exp_avg,
                 const Tensor& exp_avg_sq,
-                const Tensor& ids,
-                const Tensor& place,
+                const std::vector<Tensor>& grads,
                 const Tensor& slots,
                 const Tensor& hyper,
-                const Tensor& grad_scale,
+                const std::vector<Tensor>& grad_scales,
+                const std::optional<Tensor>& ids,
                 bool decay,
                 double beta1,
                 double beta2,
                 double eps,
-                bool decoupled) {
-  const LaunchContext context("adam_rows_", hyper);
+                bool decoupled,
+                int64_t num_blocks) {
+  const LaunchContext context("adam_rows_", param);
   const char* op = context.op();
-  AdamSettings settings = adam_settings(context, hyper, grad_scale, beta1, beta2, eps, decoupled);
+  check_pending_steps(op, param, grads, slots, hyper, grad_scales, ids);
+  check_num_blocks(op, num_blocks);
   AdamRowsArgs args = {};
+  args.rule = adam_rule(beta1, beta2, eps, decoupled);
   args.param = matching_data(context, "param", {param}, {param})[0];
   args.exp_avg = matching_data(context, "exp_avg", {exp_avg}, {param})[0];
   args.exp_avg_sq = matching_data(context, "exp_avg_sq", {exp_avg_sq}, {param})[0];
-  context.check_input("grad", grad, ScalarType::Float);
-  context.check_input("ids", ids, ScalarType::Long);
-  context.check_input("place", place, ScalarType::Int);
   context.check_input("slots", slots, ScalarType::Int);
-  check_row_param(op, {param}, {grad}, slots, 0);
-  check_dim(op, "ids", ids, 1);
-  check_vector(op, "place", place, param.size(0));
-  args.ids = const_data<int64_t>(ids);
-  args.place = const_data<int32_t>(place);
-  args.grad = const_data<float>(grad);
-  args.T = ids.size(0);
+  context.check_input("hyper", hyper, ScalarType::Float);
+  args.slots = const_data<int32_t>(slots);
+  args.hyper = const_data<float>(hyper);
+  args.hyper_stride = hyper.size(1);
   args.V = param.size(0);
   args.H = param.size(1);
+  args.steps = static_cast<int>(grads.size());
   args.decay = decay;
-  const auto bits = reinterpret_cast<uintptr_t>(args.param) | reinterpret_cast<uintptr_t>(args.exp_avg) |
-                    reinterpret_cast<uintptr_t>(args.exp_avg_sq) | reinterpret_cast<uintptr_t>(args.grad);
+  auto bits = reinterpret_cast<uintptr_t>(args.param) | reinterpret_cast<uintptr_t>(args.exp_avg) |
+              reinterpret_cast<uintptr_t>(args.exp_avg_sq);
+  for (size_t s = 0; s < grads.size(); ++s) {
+    context.check_input(item("grads", s).c_str(), grads[s], ScalarType::Float);
+    context.check_input(item("grad_scales", s).c_str(), grad_scales[s], ScalarType::Float);
+    args.grad[s] = const_data<float>(grads[s]);
+    args.grad_scale[s] = const_data<float>(grad_scales[s]);
+    bits |= reinterpret_cast<uintptr_t>(args.grad[s]);
+  }
   args.aligned = args.H % 4 == 0 && bits % 16 == 0;
-  settings.slots = const_data<int32_t>(slots);
-  context.check(launch_adam_rows(args, settings, context.dependent_launch(), context.stream()));
+  if (ids.has_value()) {
+    context.check_input("ids", *ids, ScalarType::Long);
+    args.ids = const_data<int64_t>(*ids);
+    args.T = ids->size(0);
+  }
+  if (param.numel() == 0) return;
+  const bool dependent = context.dependent_launch();
+  context.check(ids.has_value()
+                    ? launch_adam_rows(args, dependent, context.stream())
+                    : launch_adam_all_rows(args, static_cast<int>(num_blocks), dependent, context.stream()));
 }
 
 }  // namespace
