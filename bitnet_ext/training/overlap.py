@@ -31,10 +31,10 @@ from bitnet_ext import ops
 from bitnet_ext.ops.side_stream import SideStream, weight_gradient_on
 from bitnet_ext.training.adam import FusedAdam
 
-#: Blocks a multiprocessor of the head's update: 512 of its 2,048 threads and half of its registers.
-LATE_BLOCKS = 2
-#: The same of the embedding's, beside which the head's last one has room.
-ROW_BLOCKS = 2
+#: Blocks a multiprocessor of the head's update beside the body: 256 of its 2,048 threads, a quarter of its registers.
+LATE_BLOCKS = 1
+#: The same of the two updates behind the last step, which have the GPU to themselves.
+LAST_BLOCKS = 2
 #: Steps that can be made together: as many as :func:`bitnet_ext.ops.adam_rows_` takes.
 MAX_STEPS = 16
 #: Share of the multiprocessors that the gradient of the head takes, one block with all registers each; the kernels
@@ -142,7 +142,7 @@ class Overlap:
             return
         self._update_rows(steps, steps.ids[len(steps.sums)])
         with self.side.fork(grad, *values):
-            self._update_head(grad, hyper, grad_scale)
+            self._update_head(grad, hyper, grad_scale, LATE_BLOCKS)
             if self.side.stream is not None:
                 self._head_is_current = self.side.stream.record_event()
             torch.stack(values, out=record)
@@ -158,12 +158,12 @@ class Overlap:
             torch.stack(values, out=record)
             self._update_rows(steps, None)
         self.optimizer.step(hyper, grad_scale, without=(self.head, self.embedding))
-        self._update_head(grad, hyper, grad_scale)
+        self._update_head(grad, hyper, grad_scale, LAST_BLOCKS)
         self.side.join()
         self._steps = None
 
-    def _update_head(self, grad: Tensor, hyper: Tensor, grad_scale: Tensor) -> None:
-        num_blocks = LATE_BLOCKS * self._multiprocessors
+    def _update_head(self, grad: Tensor, hyper: Tensor, grad_scale: Tensor, blocks: int) -> None:
+        num_blocks = blocks * self._multiprocessors
         self.optimizer.step_beside(self.head, grad, hyper, grad_scale, num_blocks)
 
     def _update_rows(self, steps: _Steps, next_ids: Tensor | None) -> None:
@@ -174,5 +174,5 @@ class Overlap:
             steps.hyper,
             steps.grad_scales,
             next_ids,
-            ROW_BLOCKS * self._multiprocessors,
+            LAST_BLOCKS * self._multiprocessors,
         )

@@ -114,6 +114,8 @@ cudaError_t launch_adam_step(const AdamTable& table,
                              bool dependent,
                              cudaStream_t stream) {
   if (table.count == 0) return cudaSuccess;
+  const cudaError_t status = leave_shared_memory(adam_step_kernel);
+  if (status != cudaSuccess) return status;
   return launch_kernel(
       adam_step_kernel, table.block_end[table.count - 1], kThreads, 0, stream, dependent, table, settings);
 }

@@ -103,14 +103,11 @@ cudaError_t launch_adam_beside(
   for (int t = 0; t < table.count; ++t) {
     whole &= (table.flags[t] & AdamTable::kAligned) != 0 && table.numel[t] % kVec == 0;
   }
-  return launch_kernel(whole ? adam_beside_kernel<true> : adam_beside_kernel<false>,
-                       static_cast<unsigned>(blocks),
-                       kThreads,
-                       0,
-                       stream,
-                       dependent,
-                       table,
-                       settings);
+  const auto kernel = whole ? adam_beside_kernel<true> : adam_beside_kernel<false>;
+  const cudaError_t status = leave_shared_memory(kernel);
+  if (status != cudaSuccess) return status;
+  return launch_kernel(
+      kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, dependent, table, settings);
 }
 
 }  // namespace bitnet_ext::cuda

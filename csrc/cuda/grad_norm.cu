@@ -133,6 +133,8 @@ cudaError_t launch_square_sums(const SquareSumTable& table,
                                bool dependent,
                                cudaStream_t stream) {
   if (table.count == 0) return cudaSuccess;
+  const cudaError_t status = leave_shared_memory(square_sums_kernel);
+  if (status != cudaSuccess) return status;
   return launch_kernel(
       square_sums_kernel, table.block_end[table.count - 1], kThreads, 0, stream, dependent, table, partials);
 }
@@ -143,6 +145,8 @@ cudaError_t launch_add_partials(const double* partials, int64_t count, double* o
 }
 
 cudaError_t launch_clip(const ClipTable& table, const ClipArgs& args, bool dependent, cudaStream_t stream) {
+  const cudaError_t status = leave_shared_memory(clip_kernel);
+  if (status != cudaSuccess) return status;
   return launch_kernel(
       clip_kernel, static_cast<unsigned>(table.count), kClipThreads, 0, stream, dependent, table, args);
 }

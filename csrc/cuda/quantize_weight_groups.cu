@@ -129,14 +129,11 @@ cudaError_t launch_quantize_weights(
     const WeightTable& table, DType dtype, const double* partials, bool dependent, cudaStream_t stream) {
   if (table.count == 0) return cudaSuccess;
   return dispatch_dtype(dtype, [&](auto tag) {
-    return launch_kernel(quantize_weights_kernel<typename decltype(tag)::type>,
-                         table.block_end[table.count - 1],
-                         kThreads,
-                         0,
-                         stream,
-                         dependent,
-                         table,
-                         partials);
+    const auto kernel = quantize_weights_kernel<typename decltype(tag)::type>;
+    const cudaError_t status = leave_shared_memory(kernel);
+    if (status != cudaSuccess) return status;
+    return launch_kernel(
+        kernel, table.block_end[table.count - 1], kThreads, 0, stream, dependent, table, partials);
   });
 }
 

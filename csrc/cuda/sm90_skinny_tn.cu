@@ -182,21 +182,26 @@ cudaError_t launch_sm90_skinny_tn(const SkinnyArgs& args, int max_blocks, cudaSt
   using Traits = Sm90TnTraits;
   const int tiles = static_cast<int>(ceil_div(args.V, Traits::kTile));
   const int blocks = static_cast<int>(ceil_div(tiles, Traits::kWarpgroups));
-  const dim3 grid(static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks));
+  int grid = blocks < max_blocks ? blocks : max_blocks;
+  // Pairs take both multiprocessors of a TPC. Single blocks on half of the GPU take one of each, and then
+  // another stream's clusters of two find no room (small_grad.cu: 45 us of each step of collapse-256).
+  const int cluster = grid > 1 ? 2 : 1;
+  grid -= grid % cluster;
   cudaError_t status = cudaFuncSetAttribute(
       sm90_skinny_tn_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
   int first = 0;
   do {
     if (status != cudaSuccess) return status;
-    status = launch_kernel(sm90_skinny_tn_kernel,
-                           grid,
-                           Traits::kThreads,
-                           Traits::kSharedBytes,
-                           stream,
-                           args.dependent_launch,
-                           args,
-                           tiles,
-                           first);
+    status = launch_clusters(sm90_skinny_tn_kernel,
+                             cluster,
+                             static_cast<unsigned>(grid),
+                             Traits::kThreads,
+                             Traits::kSharedBytes,
+                             stream,
+                             args.dependent_launch,
+                             args,
+                             tiles,
+                             first);
     first += kTokens;
   } while (first < args.T);
   return status;

@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "cuda/common/dispatch.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/dependent_launch.cuh"
@@ -416,25 +417,16 @@ cudaError_t launch(const SmallGradArgs& args, cudaStream_t stream) {
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attributes[2] = {};
-  int count = 0;
-  if (args.dependent_launch) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (args.parts > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(args.parts), 1, 1};
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = static_cast<unsigned>(count);
-  return cudaLaunchKernelEx(
-      &config, kernel, args, static_cast<int>(input_tiles), static_cast<int>(weight_tiles));
+  return launch_clusters(kernel,
+                         args.parts,
+                         static_cast<unsigned>(blocks),
+                         kThreads,
+                         kSharedBytes,
+                         stream,
+                         args.dependent_launch,
+                         args,
+                         static_cast<int>(input_tiles),
+                         static_cast<int>(weight_tiles));
 }
 
 }  // namespace
