@@ -7,21 +7,24 @@
 // floor(v + u) with u uniform in multiples of 2^-16: the mean over the seeds is v. u comes from a hash of
 // (seed, m, n), 16 bits for each of the two roundings, so neither the launch nor the order matters.
 //
-// Three kernels. Statistics: reads g once; maxima of rows and columns meet as integers (atomicMax on the bits
-// of magnitudes, whose order is that of the numbers; NaN is above all), so their order does not matter.
-// Order: one block puts the tokens into classes, powers of two of their magnitude below the largest, by a
-// stable counting sort. Quantisation: reads g again, 128 places x 64 columns a block, in the order of places;
-// a thread has 4 tokens x 8 columns, packs the 4 tokens of a column into a word and sends the words through
-// shared memory, [64 columns][33 words], so that both results leave in whole sectors.
+// Four kernels, each launched while the one before it ends. The first clears the maxima. Statistics: reads g
+// once; maxima of rows and columns meet as integers (atomicMax on the bits of magnitudes, whose order is that
+// of the numbers; NaN is above all), so their order does not matter. Order: one block puts the tokens into
+// classes, powers of two of their magnitude below the largest, by a stable counting sort. Quantisation: reads
+// g again, 128 places x 64 columns a block, in the order of places; a thread has 4 tokens x 8 columns, packs
+// the 4 tokens of a column into a word and sends the words through shared memory, [64 columns][33 words], so
+// that both results leave in whole sectors.
 //
 // Bound: memory, 2 + 2 bytes read and 1 + 1 written per value; the hash (9 instructions a value) just fits
 // beside it.
 #include <type_traits>
 
 #include "cuda/common/dispatch.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/int8_gradient.h"
+#include "cuda/ptx/dependent_launch.cuh"
 #include "cuda/quantize_grad.h"
 
 namespace bitnet_ext::cuda {
@@ -43,7 +46,50 @@ __device__ __forceinline__ float scale_of_column(const QuantizeGradArgs& args, i
   return args.weight_scale[segment];
 }
 
+// kVec neighbours as they lie in memory: unpacked, the 4 rows of a thread would take 32 registers.
+template <typename T, bool kAligned>
+struct RawValues {
+  static constexpr int kWords = kAligned ? kVec * static_cast<int>(sizeof(T)) / 16 : kVec / 4;
+  using element_t = std::conditional_t<kAligned, T, float>;
+  uint4 words[kWords];
+
+  __device__ __forceinline__ void load(const T* p, int64_t valid) {
+    if constexpr (kAligned) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        words[w] = valid > 0 ? reinterpret_cast<const uint4*>(p)[w] : make_uint4(0, 0, 0, 0);
+      }
+    } else {
+      float values[kVec];
+      load_floats<kVec>(p, valid, false, values);
+      memcpy(words, values, sizeof(words));
+    }
+  }
+  __device__ __forceinline__ void unpack(float (&out)[kVec]) const {
+    if constexpr (std::is_same_v<element_t, __nv_bfloat16>) {  // an instruction a value; to_float takes 1.5
+      const auto* pairs = reinterpret_cast<const uint32_t*>(words);
+#pragma unroll
+      for (int p = 0; p < kVec / 2; ++p) {
+        out[2 * p] = __uint_as_float(pairs[p] << 16);
+        out[2 * p + 1] = __uint_as_float(pairs[p] & 0xffff0000u);
+      }
+    } else {
+      const auto* elements = reinterpret_cast<const element_t*>(words);
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) out[c] = to_float(elements[c]);
+    }
+  }
+};
+
 // --- statistics -----------------------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kThreads) clear_maxima_kernel(const QuantizeGradArgs args) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < 2 * args.M) args.row_max[i] = 0;
+  if (args.by_column != nullptr && i < args.N) args.column_max[i] = 0.0f;
+}
 
 constexpr int kStatsCols = 512, kStatsRows = 64, kStatsLanes = kStatsCols / kVec;
 
@@ -56,7 +102,7 @@ __device__ __forceinline__ float larger_magnitude(float a, float b) {
 
 // kAligned: N is a multiple of kVec and rows begin at multiples of 16 bytes.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
     gradient_maxima_kernel(const QuantizeGradArgs args, uint32_t tiles_wide) {
   constexpr int kGroups = kThreads / kStatsLanes, kRowsEach = kStatsRows / kGroups;
   // Rows whose loads are under way together: with one the kernel took four times its memory's time.
@@ -76,26 +122,14 @@ __global__ void __launch_bounds__(kThreads)
                            max(int64_t{0}, (args.M - first_row - group + kGroups - 1) / kGroups)));
   const T* next = grad + (first_row + group) * args.N + col;
   const int64_t step = kGroups * args.N, valid = args.N - col;
-  float g[kAtOnce][kVec];
+  RawValues<T, kAligned> raw[kAtOnce];
   const auto load = [&](int r) {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if constexpr (kAligned) {
-        constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 16;
-        uint4 raw[kWords] = {};
-        if (r + i < rows && valid > 0) {
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) raw[w] = reinterpret_cast<const uint4*>(next + i * step)[w];
-        }
-        const T* elements = reinterpret_cast<const T*>(raw);
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) g[i][c] = to_float(elements[c]);
-      } else {
-        load_floats<kVec>(next + i * step, r + i < rows ? valid : 0, false, g[i]);
-      }
-    }
+    for (int i = 0; i < kAtOnce; ++i) raw[i].load(next + i * step, r + i < rows ? valid : 0);
     next += kAtOnce * step;
   };
+  wait_for_previous_kernel();
+  allow_next_kernel();
   load(0);
 
   for (int i = threadIdx.x; i < kStatsCols; i += kThreads) column_max[i] = 0;
@@ -124,18 +158,20 @@ __global__ void __launch_bounds__(kThreads)
       if (r + i >= rows) break;
       const int in_tile = (r + i) * kGroups + group;
       const float act_scale = act_scales[in_tile];
-      float largest = g[i][0];
+      float g[kVec];
+      raw[i].unpack(g);
+      float largest = g[0];
 #pragma unroll
-      for (int c = 1; c < kVec; ++c) largest = larger_magnitude(largest, g[i][c]);
+      for (int c = 1; c < kVec; ++c) largest = larger_magnitude(largest, g[c]);
 #pragma unroll
-      for (int c = 0; c < kVec; ++c) of_column[c] = larger_magnitude(of_column[c], g[i][c] * act_scale);
+      for (int c = 0; c < kVec; ++c) of_column[c] = larger_magnitude(of_column[c], g[c] * act_scale);
       // Rounded products are in the order of their factors, so the largest of them is the largest's.
       const uint32_t top = __reduce_max_sync(kFullWarp, magnitude_bits(largest));
       uint32_t of_row = magnitude_bits(__uint_as_float(top) * scales[0]);
       if (!one_scale) {
         of_row = 0;
 #pragma unroll
-        for (int c = 0; c < kVec; ++c) of_row = max(of_row, magnitude_bits(g[i][c] * scales[c]));
+        for (int c = 0; c < kVec; ++c) of_row = max(of_row, magnitude_bits(g[c] * scales[c]));
         of_row = __reduce_max_sync(kFullWarp, of_row);
       }
       if (threadIdx.x % 32 == 0) {
@@ -186,6 +222,8 @@ __global__ void __launch_bounds__(kOrderThreads) order_tokens_kernel(const Quant
   const int places = static_cast<int>(padded_tokens(args.M)), run = places / kOrderWarps;
   const int begin = warp * run, end = min(M, begin + run);
 
+  wait_for_previous_kernel();
+  allow_next_kernel();
   uint32_t largest = 0;
   for (int m = begin + lane; m < end; m += 32) largest = max(largest, args.token_max[m]);
   largest = block_max<kOrderThreads>(largest, largest_of);
@@ -261,20 +299,28 @@ __device__ __forceinline__ uint64_t row_key(uint64_t seed, uint64_t m) {
   return x ^ x >> 31;
 }
 
-__device__ __forceinline__ uint32_t random_bits(uint64_t key, uint32_t n) {
+// The two random numbers of a value, 1 + u with u in multiples of 2^-16: of the word x ^ x >> 16 the upper
+// half (which is x's) is the row's u, the lower one the column's. Under the bytes 0x4300 a half is the float
+// 128 + u, from which 127 goes exactly: shifts and masks that put it under an exponent of 0 would be 4
+// instructions more for the integer unit, which takes one of them in two clocks and bounds the kernel beside
+// memory.
+struct OneAndU {
+  float row, column;
+};
+
+__device__ __forceinline__ OneAndU random_pair(uint64_t key, uint32_t n) {
   uint32_t x = n * 0x9E3779B1u + static_cast<uint32_t>(key);
   x ^= x >> 15;
   x = x * 0x85EBCA6Bu + static_cast<uint32_t>(key >> 32);
   x ^= x >> 13;
   x *= 0xC2B2AE35u;
-  return x ^ x >> 16;
+  const uint32_t upper = __byte_perm(x, 0x4300, 0x5432), lower = upper ^ (x & 0xffffu);
+  return {__uint_as_float(upper) - 127.0f, __uint_as_float(lower) - 127.0f};
 }
 
-// floor(value * factor + u) as the low byte of the result, u the upper 16 of `bits` / 2^16. u enters as 1 + u
-// from its bits; adding 1.5 * 2^23, rounded down, leaves the integer in the low bits: no conversions, of
-// which a multiprocessor makes 16 a clock.
-__device__ __forceinline__ uint32_t round_at_random(float value, float factor, uint32_t bits) {
-  const float one_and_u = __uint_as_float(bits >> 9 & 0x007fff80u | 0x3f800000u);
+// floor(value * factor + u) as the low byte of the result. Adding 1.5 * 2^23 - 1, rounded down, leaves the
+// integer in the low bits: no conversions, of which a multiprocessor makes 16 a clock.
+__device__ __forceinline__ uint32_t round_at_random(float value, float factor, float one_and_u) {
   return __float_as_uint(__fadd_rd(__fmaf_rn(value, factor, one_and_u), 12582911.0f));
 }
 
@@ -290,32 +336,6 @@ __device__ __forceinline__ float inverse(float scale) {
 struct __align__(16) TokenFacts {
   uint64_t key;
   float to_row, act_scale;
-};
-
-// kVec neighbours as they lie in memory: unpacked, the 4 tokens of a thread would take 32 registers.
-template <typename T, bool kAligned>
-struct RawValues {
-  static constexpr int kWords = kAligned ? kVec * static_cast<int>(sizeof(T)) / 16 : kVec / 4;
-  using element_t = std::conditional_t<kAligned, T, float>;
-  uint4 words[kWords];
-
-  __device__ __forceinline__ void load(const T* p, int64_t valid) {
-    if constexpr (kAligned) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        words[w] = valid > 0 ? reinterpret_cast<const uint4*>(p)[w] : make_uint4(0, 0, 0, 0);
-      }
-    } else {
-      float values[kVec];
-      load_floats<kVec>(p, valid, false, values);
-      memcpy(words, values, sizeof(words));
-    }
-  }
-  __device__ __forceinline__ void unpack(float (&out)[kVec]) const {
-    const auto* elements = reinterpret_cast<const element_t*>(words);
-#pragma unroll
-    for (int c = 0; c < kVec; ++c) out[c] = to_float(elements[c]);
-  }
 };
 
 // kAligned: N is a multiple of kVec and rows begin at multiples of 16 bytes.
@@ -337,6 +357,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
     return columns ? args.order[place] : place < args.M ? static_cast<int>(place) : -1;
   };
 
+  wait_for_previous_kernel();
+  allow_next_kernel();
   int token[kTokensEach];
   RawValues<T, kAligned> raw[kTokensEach];
 #pragma unroll
@@ -390,9 +412,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
     uint32_t of_row[kVec];
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
-      const uint32_t bits = random_bits(mine.key, static_cast<uint32_t>(col) + c);
-      of_row[c] = round_at_random(g[c] * scales[c], mine.to_row, bits);
-      const uint32_t byte = round_at_random(g[c] * mine.act_scale, factors[c], bits << 16);
+      const OneAndU random = random_pair(mine.key, static_cast<uint32_t>(col) + c);
+      of_row[c] = round_at_random(g[c] * scales[c], mine.to_row, random.row);
+      const uint32_t byte = round_at_random(g[c] * mine.act_scale, factors[c], random.column);
       constexpr uint32_t kPut[] = {0x3214, 0x3240, 0x3410, 0x4210};  // into byte i
       of_column[c] = __byte_perm(of_column[c], byte, kPut[i]);
     }
@@ -426,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
 
 }  // namespace
 
-cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, cudaStream_t stream) {
+cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, bool dependent, cudaStream_t stream) {
   const int64_t width = padded_tokens(args.M);
   if (args.M == 0) return cudaSuccess;
   const int64_t stats_wide = ceil_div(args.N, kStatsCols), tiles_wide = ceil_div(args.N, kTileCols);
@@ -434,25 +456,27 @@ cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, cudaStream_t stre
       tiles_wide * (width / kTileTokens) > INT32_MAX || width > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
-  const auto M = static_cast<size_t>(args.M), N = static_cast<size_t>(args.N);
-  cudaError_t status = cudaMemsetAsync(args.row_max, 0, 2 * M * sizeof(uint32_t), stream);
-  if (status != cudaSuccess) return status;
-  if (args.by_column != nullptr) {
-    status = cudaMemsetAsync(args.column_max, 0, N * sizeof(float), stream);
-    if (status != cudaSuccess) return status;
-  }
+  const bool columns = args.by_column != nullptr;
+  const int64_t to_clear = columns && args.N > 2 * args.M ? args.N : 2 * args.M;
+  const auto launch = [&](auto kernel, int64_t blocks, int threads, auto... more) {
+    return launch_kernel(kernel, static_cast<unsigned>(blocks), threads, 0, stream, dependent, args, more...);
+  };
   return dispatch_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     // Whole vectors in every row, at multiples of 16 bytes
     const bool aligned = args.N % kVec == 0 && reinterpret_cast<uintptr_t>(args.grad) % 16 == 0;
-    const auto maxima = aligned ? gradient_maxima_kernel<T, true> : gradient_maxima_kernel<T, false>;
-    maxima<<<static_cast<unsigned>(stats_wide * ceil_div(args.M, kStatsRows)), kThreads, 0, stream>>>(
-        args, static_cast<uint32_t>(stats_wide));
-    if (args.by_column != nullptr) order_tokens_kernel<<<1, kOrderThreads, 0, stream>>>(args);
-    const auto quantize = aligned ? quantize_grad_kernel<T, true> : quantize_grad_kernel<T, false>;
-    quantize<<<static_cast<unsigned>(tiles_wide * (width / kTileTokens)), kThreads, 0, stream>>>(
-        args, static_cast<uint32_t>(tiles_wide));
-    return cudaGetLastError();
+    cudaError_t status = launch(clear_maxima_kernel, ceil_div(to_clear, kThreads), kThreads);
+    if (status != cudaSuccess) return status;
+    status = launch(aligned ? gradient_maxima_kernel<T, true> : gradient_maxima_kernel<T, false>,
+                    stats_wide * ceil_div(args.M, kStatsRows),
+                    kThreads,
+                    static_cast<uint32_t>(stats_wide));
+    if (status == cudaSuccess && columns) status = launch(order_tokens_kernel, 1, kOrderThreads);
+    if (status != cudaSuccess) return status;
+    return launch(aligned ? quantize_grad_kernel<T, true> : quantize_grad_kernel<T, false>,
+                  tiles_wide * (width / kTileTokens),
+                  kThreads,
+                  static_cast<uint32_t>(tiles_wide));
   });
 }
 

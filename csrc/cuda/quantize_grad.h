@@ -34,7 +34,7 @@ struct QuantizeGradArgs {
   uint32_t* token_max;  // [M] bits of max |g| act_scale, workspace directly behind row_max
 };
 
-cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, cudaStream_t stream);
+cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, bool dependent, cudaStream_t stream);
 
 // int8 [M, K] -> [K, width]: column j of the result is row order[j], zeros where that is negative. `order`
 // null: the rows as they are.

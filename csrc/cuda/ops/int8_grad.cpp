@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const T
   }
   args.row_max = static_cast<uint32_t*>(maxima.mutable_data_ptr());
   args.token_max = args.row_max + args.M;
-  context.check(launch_quantize_grad(args, context.stream()));
+  context.check(launch_quantize_grad(args, context.dependent_launch(), context.stream()));
   return {g_row, row_scale, g_column, order, stage_bound, column_max};
 }
 
