@@ -5,8 +5,8 @@
 // leave let the small kernels of another stream start at once. A full grid would make each of those wait for
 // a block to end: with 1, 2 and 4 blocks a multiprocessor a step of collapse-256 takes 0.474, 0.485 and
 // 0.509 ms (H200). A thread asks for its next 64 bytes before it computes: 256 threads a multiprocessor have
-// 2.2 MB on the way on 132 of them, where 2.4 TB/s of reading at a latency of 1 us need 2.4. Loads and stores are marked as used once, so that they do not drive the
-// activations of the other stream out of L2.
+// 2.2 MB on the way on 132 of them, where 2.4 TB/s of reading at a latency of 1 us need 2.4. Loads and stores
+// are marked as used once, so that they do not drive the activations of the other stream out of L2.
 #include "cuda/adam.h"
 #include "cuda/common/adam_update.cuh"
 #include "cuda/common/launch.cuh"
