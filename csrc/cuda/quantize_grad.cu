@@ -9,11 +9,10 @@
 //
 // Four kernels, each launched while the one before it ends. The first clears the maxima. Statistics: reads g
 // once; maxima of rows and columns meet as integers (atomicMax on the bits of magnitudes, whose order is that
-// of the numbers; NaN is above all), so their order does not matter. Order: one block puts the tokens into
-// classes, powers of two of their magnitude below the largest, by a stable counting sort. Quantisation: reads
-// g again, 128 places x 64 columns a block, in the order of places; a thread has 4 tokens x 8 columns, packs
-// the 4 tokens of a column into a word and sends the words through shared memory, [64 columns][33 words], so
-// that both results leave in whole sectors.
+// of the numbers; NaN is above all), so their order does not matter. Order: order_tokens.cu. Quantisation:
+// reads g again, 128 places x 64 columns a block, in the order of places; a thread has 4 tokens x 8 columns,
+// packs the 4 tokens of a column into a word and sends the words through shared memory, [64 columns][33
+// words], so that both results leave in whole sectors.
 //
 // Bound: memory, 2 + 2 bytes read and 1 + 1 written per value; the hash (9 instructions a value) just fits
 // beside it.
@@ -197,93 +196,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kAligned ? 4 : 3)
       atomicMax(reinterpret_cast<uint32_t*>(args.column_max) + first_col + i,
                 column_max[i % kVec * kStatsLanes + i / kVec]);
     }
-  }
-}
-
-// --- the order of the tokens ----------------------------------------------------------------------------
-
-constexpr int kOrderThreads = 1024, kOrderWarps = kOrderThreads / 32;
-constexpr int kClasses = 16;
-// Stages of the largest products whose sum is sure to fit int32.
-constexpr int kMostStages = 2147000000 / (128 * 127 * kStageTokens);
-
-// The power of two that a token's magnitude lies below, counted down from the largest token's.
-__device__ __forceinline__ int class_of(uint32_t bits, uint32_t largest) {
-  return min(kClasses - 1, static_cast<int>(largest >> 23) - static_cast<int>(bits >> 23));
-}
-
-// One block. Every warp has a run of tokens; counts by class and warp, their prefix sums, then places.
-__global__ void __launch_bounds__(kOrderThreads) order_tokens_kernel(const QuantizeGradArgs args) {
-  __shared__ int counts[kClasses * kOrderWarps];
-  __shared__ int class_begin[kClasses + 1];
-  __shared__ uint32_t largest_of[kOrderWarps];
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int M = static_cast<int>(args.M);
-  const int places = static_cast<int>(padded_tokens(args.M)), run = places / kOrderWarps;
-  const int begin = warp * run, end = min(M, begin + run);
-
-  wait_for_previous_kernel();
-  allow_next_kernel();
-  uint32_t largest = 0;
-  for (int m = begin + lane; m < end; m += 32) largest = max(largest, args.token_max[m]);
-  largest = block_max<kOrderThreads>(largest, largest_of);
-  for (int i = threadIdx.x; i < kClasses * kOrderWarps; i += kOrderThreads) counts[i] = 0;
-  __syncthreads();
-  for (int m = begin + lane; m < end; m += 32) {
-    atomicAdd(counts + class_of(args.token_max[m], largest) * kOrderWarps + warp, 1);
-  }
-  __syncthreads();
-  if (warp < kClasses) {  // prefix sums over the warps of a class
-    const int mine = counts[warp * kOrderWarps + lane];
-    int sum = mine;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(kFullWarp, sum, offset);
-      if (lane >= offset) sum += other;
-    }
-    counts[warp * kOrderWarps + lane] = sum - mine;
-    if (lane == 31) class_begin[warp + 1] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    class_begin[0] = 0;
-    for (int c = 0; c < kClasses; ++c) class_begin[c + 1] += class_begin[c];
-  }
-  __syncthreads();
-  for (int first = begin; first < end; first += 32) {
-    const int m = first + lane;
-    const bool valid = m < end;
-    const unsigned active = __ballot_sync(kFullWarp, valid);
-    if (!valid) break;
-    const int c = class_of(args.token_max[m], largest);
-    const unsigned same = __match_any_sync(active, c);
-    int* next = counts + c * kOrderWarps + warp;
-    const int place = class_begin[c] + *next + __popc(same & ((1u << lane) - 1));
-    __syncwarp(active);
-    if ((same >> lane >> 1) == 0) *next += __popc(same);  // the last of them
-    __syncwarp(active);
-    args.order[place] = m;
-  }
-  for (int j = M + static_cast<int>(threadIdx.x); j < places; j += kOrderThreads) args.order[j] = -1;
-
-  // Bounds of the stages. A stage may go down to its first token's class, as long as no sum can leave int32:
-  // all before it, in its units, and all that follows it, unreduced, both counted in stages. From a stage to
-  // the next twice the former plus the latter grows by 1, so a class is gone down to at its first whole stage
-  // or never, and each stage finds its bound from the classes alone.
-  const float top = largest >= 0x7f800000u ? __uint_as_float(0x7fffffffu)
-                                           : exp2f(static_cast<float>(static_cast<int>(largest >> 23) - 126));
-  const int stages = places / kStageTokens;
-  for (int s = threadIdx.x; s < stages; s += kOrderThreads) {
-    int shift = 0, before = 0, last = 0;
-    for (int c = 1; c < kClasses; ++c) {
-      const int first = (class_begin[c] + kStageTokens - 1) / kStageTokens;
-      before += first - last;
-      last = first;
-      if (first > s || 2 * before + stages - first > kMostStages) break;
-      before *= 2;
-      shift = c;
-    }
-    args.stage_bound[s] = ldexpf(top, -shift);
   }
 }
 
@@ -471,7 +383,7 @@ cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, bool dependent, c
                     stats_wide * ceil_div(args.M, kStatsRows),
                     kThreads,
                     static_cast<uint32_t>(stats_wide));
-    if (status == cudaSuccess && columns) status = launch(order_tokens_kernel, 1, kOrderThreads);
+    if (status == cudaSuccess && columns) status = launch_order_tokens(args, dependent, stream);
     if (status != cudaSuccess) return status;
     return launch(aligned ? quantize_grad_kernel<T, true> : quantize_grad_kernel<T, false>,
                   tiles_wide * (width / kTileTokens),

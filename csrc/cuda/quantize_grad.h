@@ -36,6 +36,9 @@ struct QuantizeGradArgs {
 
 cudaError_t launch_quantize_grad(const QuantizeGradArgs& args, bool dependent, cudaStream_t stream);
 
+// Its part that makes order and stage_bound from token_max.
+cudaError_t launch_order_tokens(const QuantizeGradArgs& args, bool dependent, cudaStream_t stream);
+
 // int8 [M, K] -> [K, width]: column j of the result is row order[j], zeros where that is negative. `order`
 // null: the rows as they are.
 cudaError_t launch_transpose_int8(const int8_t* x,
