@@ -161,8 +161,14 @@ def measure(
         start = time.perf_counter()
         variant.run(rows)  # ends when its losses are on the host
         samples.append((time.perf_counter() - start) / len(rows))
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return {"samples": samples, "median": statistics.median(samples), "peak_bytes": peak, "first_loss": first}
+    on_gpu = device.type == "cuda"
+    return {
+        "samples": samples,
+        "median": statistics.median(samples),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
+        "first_loss": first,
+    }
 
 
 def variants(
@@ -209,7 +215,7 @@ def throughput(args: argparse.Namespace, device: torch.device, facts: dict[str, 
     cells = []
     for row in results:
         if "skipped" in row:
-            cells.append([row["variant"], "skipped: " + row["skipped"], *[""] * 5])
+            cells.append([row["variant"], "skipped: " + row["skipped"], *[""] * 6])
             continue
         row["ratio_to_linear"] = None if best is None else row["tokens_per_second"] / best
         samples = [1e3 * s for s in row["samples"]]
@@ -221,14 +227,14 @@ def throughput(args: argparse.Namespace, device: torch.device, facts: dict[str, 
                 f"{min(samples):.1f}..{max(samples):.1f}",
                 "-" if row["utilisation"] is None else f"{100 * row['utilisation']:.1f}",
                 "-" if row["ratio_to_linear"] is None else f"{row['ratio_to_linear']:.2f}x",
-                "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
+                *(
+                    "-" if row[key] is None else f"{row[key] / 2**30:.1f}"
+                    for key in ("peak_bytes", "peak_reserved_bytes")
+                ),
             ]
         )
-    print(
-        format_table(
-            ("variant", "tokens/s", "ms/step", "min..max", "MFU %", "vs best nn.Linear", "peak GiB"), cells
-        )
-    )
+    names = ("variant", "tokens/s", "ms/step", "min..max", "MFU %", "vs best nn.Linear")
+    print(format_table((*names, "peak GiB", "reserved GiB"), cells))
     return {"rows": results, "flops_per_token": flops_per_token(shape, args.seq_len), "peak_tflops": peak}
 
 

@@ -66,6 +66,7 @@ def exact_grads(
         else:
             weight_q = _ops.dequantize_ternary(packed, scale, K, grad_y.dtype)
         grad_x = torch.mm(grad_y, weight_q)
+        del weight_q  # its memory is free for the other operand
     if need_weight:
         x_q = _ops.dequantize_act(x_i8, act_scale, grad_y.dtype)
         if grad_y.is_cuda and grad_y.dtype != weight_dtype == torch.float32:

@@ -421,6 +421,10 @@ def _rotary_query_key(
     return qkv.new_empty((B, T, num_heads, head_dim)), qkv.new_empty((B, T, num_kv_heads, head_dim))
 
 
+def _rotate_query_key_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> None:
+    pass
+
+
 def _rotary_query_key_backward(
     grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
@@ -513,6 +517,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "short_attention": _short_attention,
     "short_attention_backward": _short_attention_backward,
     "rotary_query_key": _rotary_query_key,
+    "rotate_query_key_": _rotate_query_key_,
     "rotary_query_key_backward": _rotary_query_key_backward,
     "quantize_grad": _quantize_grad,
     "transpose_prepacked": _transpose_prepacked,

@@ -161,11 +161,12 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   m.def(
       "short_attention_backward(Tensor grad_out, Tensor qkv, Tensor cos, Tensor sin, Tensor out, Tensor lse, "
       "int num_heads, int num_kv_heads) -> Tensor");
-  // (query [B, T, num_heads, D], key [B, T, num_kv_heads, D]), rotated; its backward takes such gradients of
-  // query, key and value, D contiguous, and returns that of qkv.
+  // (query [B, T, num_heads, D], key [B, T, num_kv_heads, D]), rotated, or the same within qkv; the backward
+  // takes such gradients of query, key and value, D contiguous, and returns that of qkv.
   m.def(
       "rotary_query_key(Tensor qkv, Tensor cos, Tensor sin, int num_heads, int num_kv_heads) -> "
       "(Tensor query, Tensor key)");
+  m.def("rotate_query_key_(Tensor(a!) qkv, Tensor cos, Tensor sin, int num_heads, int num_kv_heads) -> ()");
   m.def(
       "rotary_query_key_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, "
       "Tensor sin) -> Tensor");

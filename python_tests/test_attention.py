@@ -165,14 +165,56 @@ def test_attention_in_a_cuda_graph(T: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got[1], expected[1])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("T", "D", "heads", "kv_heads"), SHAPES)
+def test_overwritten_qkv_gives_the_same_bits(
+    T: int, D: int, heads: int, kv_heads: int, dtype: torch.dtype, device: str
+) -> None:
+    qkv, grad_out = sample(T, D, heads, kv_heads, dtype, device)
+    rest = (*tables(T, D, device), heads, kv_heads)
+    expected, grad = with_gradient(ops.rotary_attention, qkv, grad_out, *rest)
+    leaf = qkv.clone().requires_grad_()
+    product = leaf * 1  # whose backward does not need it
+    out = ops.rotary_attention(product, *rest, overwrite_qkv=True)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, leaf, grad_out)[0], grad)
+    with torch.inference_mode():
+        assert torch.equal(ops.rotary_attention(qkv.clone(), *rest, overwrite_qkv=True), expected)
+
+
 @pytest.mark.gpu
-def test_half_precision_runs_flash_attention_without_copies() -> None:
+def test_overwritten_qkv_is_missed_by_a_backward_that_needs_it() -> None:
+    qkv, _ = sample(200, 64, 4, 2, torch.float32, "cuda")
+    product = qkv.requires_grad_().exp()
+    out = ops.rotary_attention(product, *tables(200, 64, "cuda"), 4, 2, overwrite_qkv=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.gpu
+def test_overwritten_qkv_is_all_that_is_kept() -> None:
+    B, T, D, heads = 2, 512, 64, 8
+    rest = (*tables(T, D, "cuda"), heads, heads)
+    held = {}
+    for overwrite in (False, True):
+        leaf = torch.randn(B, T, 3 * heads * D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        before = torch.cuda.memory_allocated()
+        out = ops.rotary_attention(leaf * 1, *rest, overwrite_qkv=overwrite)
+        held[overwrite] = torch.cuda.memory_allocated() - before
+        del out
+    assert held[False] - held[True] == 2 * B * T * heads * D * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_half_precision_runs_flash_attention_without_copies(overwrite: bool) -> None:
     qkv, grad_out = sample(256, 64, 6, 2, torch.bfloat16, "cuda")
     rest = (*tables(256, 64, "cuda"), 6, 2)
     with_gradient(ops.rotary_attention, qkv, grad_out, *rest)
     leaf = qkv.requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        torch.autograd.grad(ops.rotary_attention(leaf, *rest), leaf, grad_out)
+        torch.autograd.grad(ops.rotary_attention(leaf, *rest, overwrite_qkv=overwrite), leaf, grad_out)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events()]
     assert sum("rotary_kernel" in name for name in names) == 2, names
@@ -183,11 +225,16 @@ def test_half_precision_runs_flash_attention_without_copies() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("T", [32, 200])
-def test_compiles_as_one_graph(T: int, device: str) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_compiles_as_one_graph(overwrite: bool, T: int, device: str) -> None:
     qkv, grad_out = sample(T, 64, 4, 2, torch.float32, device)
     rest = (*tables(T, 64, device), 4, 2)
     expected = with_gradient(ops.rotary_attention, qkv, grad_out, *rest)
-    compiled = torch.compile(ops.rotary_attention, fullgraph=True, backend="aot_eager")
+
+    def attention(qkv: Tensor, *rest: Any) -> Tensor:
+        return ops.rotary_attention(qkv * 1, *rest, overwrite_qkv=overwrite)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     got = with_gradient(compiled, qkv, grad_out, *rest)
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e)

@@ -23,6 +23,7 @@ CUDA_ONLY = {
     "short_attention",
     "short_attention_backward",
     "rotary_query_key",
+    "rotate_query_key_",
     "rotary_query_key_backward",
     "quantize_grad",
     "transpose_prepacked",
@@ -218,6 +219,7 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "short_attention": (qkv.clone().requires_grad_(), cos, sin, 2, 1),
         "short_attention_backward": (make(2, M, 2 * 32), qkv, cos, sin, out, lse, 2, 1),
         "rotary_query_key": (qkv, cos, sin, 2, 1),
+        "rotate_query_key_": (qkv.clone(), cos, sin, 2, 1),
         "rotary_query_key_backward": (make(2, M, 2, 32), make(2, M, 1, 32), make(2, M, 1, 32), cos, sin),
     }
 

@@ -153,6 +153,18 @@ def test_evaluation_between_steps_uses_the_codes(device: str, monkeypatch: pytes
 
 
 @pytest.mark.gpu
+def test_a_graph_has_the_memory_of_its_warm_up() -> None:
+    step, rows = runner("cuda", batch_size=1024, seq_len=128, precision="bf16")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    step.run(0, rows)
+    needed = torch.cuda.max_memory_allocated() - allocated
+    assert needed > 1 << 28
+    assert torch.cuda.max_memory_reserved() - reserved < 1.3 * needed
+
+
+@pytest.mark.gpu
 def test_no_step_of_a_block_after_the_bad_one_counts() -> None:
     config = dataclasses.replace(CONFIG, steps=40)
     net = model().cuda()

@@ -155,6 +155,33 @@ def test_a_bad_gradient_changes_nothing(device: str, rule: dict[str, Any], bad: 
     assert not any(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
+def test_a_step_held_still_changes_nothing(device: str, rule: dict[str, Any]) -> None:
+    net = model().to(device)
+    optimizer = make_optimizer(net, dataclasses.replace(CONFIG, **rule))
+    hyper = torch.tensor([1e-2, 0.1, 0.1, 0.05, 0.0], device=device)
+
+    def update(seed: int) -> float:
+        _gradients(net, seed)
+        optimizer.add_decay(hyper[1])
+        norm, scale = optimizer.grad_norm_and_scale()
+        optimizer.step(hyper, scale)
+        optimizer.zero_grad()
+        return norm.item()
+
+    update(0)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    moments = {name: value.clone() for name, value in optimizer.state().items()}
+    with optimizer.held_still():
+        held = update(1)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert all(torch.equal(value, moments[name]) for name, value in optimizer.state().items())
+    assert optimizer.first_bad_step() is None
+    assert update(1) == held > 0
+    assert not any(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
 @pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
 def test_resume_is_bit_exact(rule: dict[str, Any], tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, checkpoint_interval=5, **rule)

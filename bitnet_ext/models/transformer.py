@@ -76,7 +76,9 @@ class Attention(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         parts, x = norm_linear(x, delta, norms, layers, self.qkv_cache)
         if cache is None:
-            out = ops.rotary_attention(side_by_side(parts), cos, sin, self.num_heads, self.num_kv_heads)
+            out = ops.rotary_attention(
+                side_by_side(parts), cos, sin, self.num_heads, self.num_kv_heads, overwrite_qkv=True
+            )
         else:
             out = self._continue(parts, cos, sin, cache)
         return self.o_proj(out), x

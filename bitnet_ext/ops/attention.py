@@ -14,7 +14,15 @@ from bitnet_ext.ops import _checks
 _ops = torch.ops.bitnet_ext
 
 
-def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
+def rotary_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    overwrite_qkv: bool = False,
+) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` with rotated queries and keys, each position seeing those up to its own.
 
     Queries and keys turn as in RoFormer (arXiv 2104.09864): ``y = x cos + roll(x, D / 2) sin`` in float32,
@@ -31,6 +39,9 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_
             then the key heads, then the value heads; D even.
         cos, sin: float32 [T, D], equal halves in each row of cos, and in sin the first half the negated second.
         num_heads, num_kv_heads: the first a multiple of the second.
+        overwrite_qkv: lets the rotated queries and keys take the place of the others, so that the backward keeps
+            one tensor of qkv's size and not 1 2/3 of it (without grouped heads). What qkv holds afterwards is then
+            of no use. For a qkv that nobody reads again; the backward of what computed it must not need its values.
 
     Returns:
         [B, T, num_heads D] in qkv's dtype, contiguous.
@@ -61,7 +72,12 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     if _is_short(B, T, num_heads, head_dim, qkv.dtype):
         return _ops.short_attention(qkv, cos, sin, num_heads, num_kv_heads)[0]
-    query, key, value = _RotaryHeads.apply(qkv, cos, sin, num_heads, num_kv_heads)
+    if overwrite_qkv:
+        _ops.rotate_query_key_(qkv.detach(), cos, sin, num_heads, num_kv_heads)
+        # The operators of this package do not count their changes; inference tensors have no counter.
+        if not torch.compiler.is_compiling() and not qkv.is_inference():
+            torch.autograd.graph.increment_version(qkv)
+    query, key, value = _RotaryHeads.apply(qkv, cos, sin, num_heads, num_kv_heads, overwrite_qkv)
     return _causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
 
 
@@ -106,7 +122,8 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class _RotaryHeads(torch.autograd.Function):
-    """qkv -> query and key, rotated, and value, a view of qkv: [B, T, heads, D] each.
+    """qkv -> query and key, rotated, and value, a view of qkv: [B, T, heads, D] each; all three are views where qkv
+    holds rotated queries and keys already.
 
     A function of its own because an operator may not return a view of its input; its backward writes the
     three gradients into one tensor, where slices would each be padded with zeros and added.
@@ -114,10 +131,12 @@ class _RotaryHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, is_rotated: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key = _ops.rotary_query_key(qkv, cos, sin, num_heads, num_kv_heads)
-        value = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))[:, :, num_heads + num_kv_heads :]
+        heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
+        query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+        if not is_rotated:
+            query, key = _ops.rotary_query_key(qkv, cos, sin, num_heads, num_kv_heads)
         ctx.save_for_backward(cos, sin)
         return query, key, value
 
@@ -127,4 +146,4 @@ class _RotaryHeads(torch.autograd.Function):
         ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
     ) -> tuple[Tensor | None, ...]:
         grads = [g if g.stride(-1) == 1 else g.contiguous() for g in (grad_query, grad_key, grad_value)]
-        return _ops.rotary_query_key_backward(*grads, *ctx.saved_tensors), None, None, None, None
+        return _ops.rotary_query_key_backward(*grads, *ctx.saved_tensors), None, None, None, None, None

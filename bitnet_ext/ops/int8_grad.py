@@ -97,6 +97,8 @@ def int8_grads(
             transposed = _ops.transpose_prepacked(packed, N, K)
             one = torch.ones((), dtype=torch.float32, device=grad_y.device)
             grad_x = _ops.prepacked_mm(g_row, row_scale, transposed, K, one, None, [], grad_y.dtype, False)
+            del transposed
+        del g_row  # as large as g_column; its memory is free for the other product
         if weight_in_8_bits:
             x_column = _ops.transpose_int8(x_i8, order)
             grad_weight = _ops.int8_weight_grad(g_column, x_column, column_max, stage_bound, weight_dtype)

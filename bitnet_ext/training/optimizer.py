@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -214,6 +215,16 @@ class Optimizer(abc.ABC):
     def forget_bad_step(self) -> None:
         """Lets updates happen again after a gradient that was not finite."""
         self._latch[0] = -1.0
+
+    @contextlib.contextmanager
+    def held_still(self) -> Iterator[None]:
+        """Within it steps do all their work but change neither parameters nor moments, as after a bad gradient."""
+        before = self._latch.clone()
+        self._latch[0] = 0.0
+        try:
+            yield
+        finally:
+            self._latch.copy_(before)
 
     def mark_changed(self) -> None:
         """Counts an update in the tensors' version counters, which a replayed graph does not do."""

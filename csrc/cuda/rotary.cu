@@ -1,6 +1,6 @@
 // Rotary embedding of the queries and keys of a stacked product, and its backward.
 //
-//   y = x cos + roll(x, D / 2) sin                          forward: [q; k; v] -> q, k; v stays where it is
+//   y = x cos + roll(x, D / 2) sin                          forward: [q; k; v] -> q, k, or in place; v stays
 //   dx = dy cos + roll(dy sin, D / 2)                       backward: dq, dk, dv -> d[q; k; v]
 //
 // with the tables of rotary_table: both halves of cos are the same, the first half of sin is the negated
@@ -163,6 +163,18 @@ cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
     return launch<1, scalar_t>(shape,
                                stacked(static_cast<const scalar_t*>(args.qkv), shape),
                                {query, key, key},  // no value is written
+                               shape.num_heads + shape.num_kv_heads,
+                               stream);
+  });
+}
+
+cudaError_t launch_rotary_in_place(const RotaryInPlaceArgs& args, cudaStream_t stream) {
+  const RotaryShape& shape = args.shape;
+  return dispatch_dtype(shape.dtype, [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    return launch<1, scalar_t>(shape,
+                               stacked(static_cast<const scalar_t*>(args.qkv), shape),
+                               stacked(static_cast<scalar_t*>(args.qkv), shape),
                                shape.num_heads + shape.num_kv_heads,
                                stream);
   });

@@ -32,6 +32,13 @@ struct RotaryArgs {
 
 cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream);
 
+struct RotaryInPlaceArgs {
+  RotaryShape shape;
+  void* qkv;  // as above; queries and keys are overwritten
+};
+
+cudaError_t launch_rotary_in_place(const RotaryInPlaceArgs& args, cudaStream_t stream);
+
 struct RotaryBackwardArgs {
   RotaryShape shape;
   const void* grad_query;

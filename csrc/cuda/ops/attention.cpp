@@ -179,6 +179,17 @@ std::tuple<Tensor, Tensor> rotary_query_key(
   return {query, key};
 }
 
+void rotate_query_key_(
+    const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t num_heads, int64_t num_kv_heads) {
+  const LaunchContext context("rotate_query_key_", qkv);
+  context.check_float_input("qkv", qkv);
+  const Heads heads = check_qkv(context.op(), qkv, num_heads, num_kv_heads);
+  RotaryInPlaceArgs args = {};
+  args.shape = check_rotary(context, qkv.scalar_type(), cos, sin, heads);
+  args.qkv = qkv.mutable_data_ptr();
+  context.check(launch_rotary_in_place(args, context.stream()));
+}
+
 // A gradient [B, T, heads, D] whose D is contiguous.
 HeadStrides check_gradient(const LaunchContext& context,
                            const char* arg,
@@ -231,6 +242,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CUDA, m) {
   m.impl("short_attention", TORCH_BOX(&short_attention));
   m.impl("short_attention_backward", TORCH_BOX(&short_attention_backward));
   m.impl("rotary_query_key", TORCH_BOX(&rotary_query_key));
+  m.impl("rotate_query_key_", TORCH_BOX(&rotate_query_key_));
   m.impl("rotary_query_key_backward", TORCH_BOX(&rotary_query_key_backward));
 }
 
