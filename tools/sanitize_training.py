@@ -2,11 +2,14 @@
 
     compute-sanitizer --tool memcheck --kernel-regex kns=bitnet_ext python tools/sanitize_training.py step
     compute-sanitizer --tool racecheck --kernel-regex kns=bitnet_ext python tools/sanitize_training.py int8
+    compute-sanitizer --tool initcheck python tools/sanitize_training.py step --fill
 
 step: collapse-256 with 1,000 tokens of vocabulary, a graph of several overlapped steps and one of a single step.
 int8: forward and backward of a layer with gradients in 8 bits, an aligned shape and one that is not.
 The filter leaves out PyTorch's own kernels, which take most of the time; initcheck must see them, or it reports what
-they have filled. Results are not looked at: python_tests does that.
+they have filled. Nor does it follow what the copy engine stores, so with it every new tensor is filled first: with NaN,
+which reaches the printed numbers if anything is read before it is written. Apart from that results are not looked at:
+python_tests does that.
 """
 
 from __future__ import annotations
@@ -39,12 +42,13 @@ def step() -> None:
 
 
 def int8() -> None:
+    means = []
     for M, N, K in LAYERS:
         layer = BitLinear(K, N, backward="int8", device="cuda", dtype=torch.bfloat16)
         x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        layer(x).square().mean().backward()
-    torch.cuda.synchronize()
-    print("layers:", LAYERS)
+        grads = torch.autograd.grad(layer(x).square().mean(), (x, layer.weight))
+        means.append([round(grad.float().abs().mean().item(), 8) for grad in grads])
+    print("mean magnitudes of the gradients of x and weight:", means)
 
 
 def main() -> None:
@@ -52,9 +56,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("step", "int8"))
+    parser.add_argument("--fill", action="store_true", help="fill new tensors with NaN first")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("an NVIDIA GPU is needed, none is available")
+    if arguments.fill:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # the fill is part of that mode
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     {"step": step, "int8": int8}[arguments.what]()
 
 
