@@ -116,7 +116,7 @@ def _notes(study: Study) -> list[str]:
     if max(len(study.leading(arm)) for arm in study.measured_arms) > 1:
         notes.append("Cells: mean over seeds (smallest–largest).")  # noqa: RUF001
     else:
-        notes.append("One seed an arm: no spread.")
+        notes.append("Each arm has one seed, so there is no spread.")
     unfinished = study.unfinished
     if unfinished:
         each = ", ".join(unfinished_text(*entry) for entry in unfinished)

@@ -43,7 +43,7 @@ STATUS = {
         "stopped getting better",
     ),
     "warmup": (
-        "too early: in warm-up",
+        "still in warm-up",
         "its learning rate is still rising to its peak, and nothing has failed",
     ),
     "untrained": ("barely trained", "it has hardly moved from where it started"),
@@ -77,7 +77,7 @@ RULES = (
         f"Held-out cross-entropy is below the unigram's and mutual information is above {CONTEXT_NATS} nats.",
     ),
     (
-        "Too early: in warm-up",
+        "Still in warm-up",
         "The last evaluation is within the warm-up of the learning rate, and by the rules below the network would be "
         "barely trained, collapsed, failing or too early to tell. A final gain or a head below "
         f"{SHRUNK_SHARE:.0%} of its initial size is a failure all the same.",
