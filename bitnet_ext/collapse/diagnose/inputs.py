@@ -19,6 +19,7 @@ import torch
 from bitnet_ext import metrics
 from bitnet_ext.collapse.diagnose.sizes import SIZES, TensorFacts, initial_sizes, tensor_facts, weights_row
 from bitnet_ext.collapse.results import Row, number, read_metrics
+from bitnet_ext.collapse.results.status import classify
 from bitnet_ext.data.statistics import unigram_log_probs
 from bitnet_ext.models import BitNetConfig
 from bitnet_ext.training import TrainConfig, load_model, read_checkpoint
@@ -81,6 +82,12 @@ class Case:
         """Step and value of the last finite number under a key."""
         points = self.points(key, kind)
         return (int(points[-1][0]["step"]), points[-1][1]) if points else None
+
+    def status(self) -> str | None:
+        """How the run stands by the rules of a study's report; None without held-out evaluations."""
+        rows = [row for row in self.evals if row.get("heldout_cross_entropy") is not None]
+        warmup = 0 if self.settings is None else self.settings.warmup_steps
+        return classify(rows, self.ln_vocab, warmup) if rows else None
 
     def reach(self) -> tuple[int, float] | None:
         """Last step and sum of the learning rates up to it: about what Adam can have moved a weight by."""
