@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from bitnet_ext.data.sampling import Order, RowSampler
+from bitnet_ext.metrics.perplexity import Decoder
 from bitnet_ext.models import BitNetForCausalLM
+from bitnet_ext.training.callbacks import Callback, Callbacks
 from bitnet_ext.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -29,16 +32,27 @@ from bitnet_ext.training.checkpoint import (
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.device import resolve_device
 from bitnet_ext.training.distributed import join_world, wait_for_all
+from bitnet_ext.training.heldout import HeldOutLoss
 from bitnet_ext.training.metrics_log import MetricsLog
+from bitnet_ext.training.objective import PARTS, LossFunction
 from bitnet_ext.training.optimizer import Optimizer
+from bitnet_ext.training.progress import Progress
 from bitnet_ext.training.schedules import learning_rates, weight_decays
 from bitnet_ext.training.signals import stop_on_signals
-from bitnet_ext.training.step import RECORD, NonFiniteGradientError, TrainStep
+from bitnet_ext.training.step import NonFiniteGradientError, TrainStep
 from bitnet_ext.training.update_rules import make_optimizer
 
 #: Fields that may differ between a run and its resumption: they do not change what is computed.
 _FREE_ON_RESUME = frozenset(
-    ("cuda_graph", "checkpoint_interval", "checkpoint_seconds", "final_checkpoint", "tensorboard")
+    (
+        "cuda_graph",
+        "eval_interval",
+        "eval_tokens",
+        "checkpoint_interval",
+        "checkpoint_seconds",
+        "final_checkpoint",
+        "tensorboard",
+    )
 )
 
 
@@ -98,8 +112,16 @@ class Trainer:
         tokens: training stream, integer ids [n] (a memory-mapped array does not get read as a whole).
         run_dir: for metrics.jsonl and checkpoints; None writes nothing.
         device: "auto", "cpu", "cuda", "cuda:N".
-        evaluator: called at `eval_steps`.
+        evaluator: called at `eval_steps` and every config.eval_interval steps; without one, an eval_interval asks for
+            loss, perplexity and (with a tokenizer) bits per byte of `heldout`.
         eval_steps: steps, counted from 1.
+        heldout: held-out ids [n] for an eval_interval.
+        tokenizer: of the ids, with a method ``decode``; for bits per byte.
+        callbacks: hooks, see :class:`bitnet_ext.training.Callback`.
+        loss_fn: ``loss_fn(model, ids, targets)`` of ids and targets int64 [B, seq_len] computes the loss, or a pair of
+            it and a dict of named parts for metrics.jsonl, instead of the objective of `config`. The gradients, the
+            optimiser and everything else stay; on a GPU it is captured in a CUDA graph (unless config.cuda_graph is
+            False), so it must not read numbers on the host.
         start_from: a full checkpoint of another run to go on from: weights, moments, step and cumulative learning
             rate are taken over, settings are not compared.
         reset_moments: with start_from, begin with moments of 0 (bias corrections go on counting).
@@ -122,6 +144,10 @@ class Trainer:
         start_from: Path | str | Checkpoint | None = None,
         reset_moments: bool = False,
         snapshot_steps: Iterable[int] = (),
+        heldout: NDArray[Any] | None = None,
+        tokenizer: Decoder | None = None,
+        callbacks: Sequence[Callback] = (),
+        loss_fn: LossFunction | None = None,
     ) -> None:
         self.config = config
         self.device = resolve_device(device)
@@ -151,8 +177,19 @@ class Trainer:
             world_size=self.world.size,
         )
         self.run_dir = None if run_dir is None else Path(run_dir)
+        if config.eval_interval is not None:
+            eval_steps = {*eval_steps, *range(config.eval_interval, config.steps, config.eval_interval), config.steps}
+            if evaluator is None and heldout is None:
+                raise ValueError("Trainer: eval_interval needs heldout (held-out ids) or an evaluator")
+            if evaluator is None and heldout is not None:
+                check_vocabulary(heldout, model.config.vocab_size)
+                evaluator = HeldOutLoss(heldout, config, tokenizer)
         self.evaluator = evaluator
         self.eval_steps = sorted({int(s) for s in eval_steps if 1 <= s <= config.steps}) if evaluator else []
+        self.callbacks = list(callbacks)
+        Callbacks(self.callbacks)  # refuses what is none
+        self.loss_fn = loss_fn
+        _warn_of_warmup(config)
         self.optimizer = make_optimizer(model, config)
         self.step = 0
         self._learning_rates = learning_rates(config)
@@ -165,6 +202,7 @@ class Trainer:
             whole = start_from if isinstance(start_from, Checkpoint) else read_checkpoint(Path(start_from))
             self._begin_at(whole)
         self._log: MetricsLog | None = None
+        self._calls = Callbacks(())
         self._stop_requested = False
         self._last_record: dict[str, Any] = {}
         self._last_checkpoint = (0, time.monotonic())
@@ -175,6 +213,7 @@ class Trainer:
         self,
         *,
         resume: bool = False,
+        progress: bool = True,
         on_progress: Callable[[int, dict[str, Any]], None] | None = None,
     ) -> None:
         """Trains to config.steps.
@@ -183,6 +222,7 @@ class Trainer:
             resume: continue from the newest checkpoint in run_dir, if there is one. Metrics written after
                 it are cut off and written again: on a CPU the resumed run equals an uninterrupted one bit
                 for bit.
+            progress: show a header and a bar on a terminal, plain lines elsewhere, on stderr (of the main process).
             on_progress: called after each block of steps with the step and its record (and after each
                 evaluation with its results).
 
@@ -191,8 +231,9 @@ class Trainer:
             TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
             FileExistsError: run_dir holds a run and resume is False.
         """
+        shown = [Progress()] if progress else []
         with stop_on_signals(self):
-            for _ in self.advance(resume=resume, on_progress=on_progress):
+            for _ in self._advance(resume, on_progress, [*self.callbacks, *shown]):
                 pass
 
     def advance(
@@ -207,6 +248,14 @@ class Trainer:
         :func:`bitnet_ext.training.advance_together`.
         Signals are left to the caller; a generator that is closed early leaves what the last checkpoint had.
         """
+        return self._advance(resume, on_progress, self.callbacks)
+
+    def _advance(
+        self,
+        resume: bool,
+        on_progress: Callable[[int, dict[str, Any]], None] | None,
+        callbacks: Sequence[Callback],
+    ) -> Iterator[None]:
         keep_bytes = self._restore() if resume else self._refuse_existing()
         wait_for_all(self.world)  # everyone has looked before the first process writes
         if self.run_dir is not None and self.world.is_main:
@@ -214,10 +263,13 @@ class Trainer:
             self._log = MetricsLog(self.run_dir / "metrics.jsonl", keep_bytes, board)
             (self.run_dir / ENDED).unlink(missing_ok=True)
         self.model.train()
-        runner = TrainStep(self.model, self.optimizer, self.config, self.device, self.world)
+        runner = TrainStep(self.model, self.optimizer, self.config, self.device, self.world, self.loss_fn)
         self._last_checkpoint = (self.step, time.monotonic())
         started, first_step = time.monotonic(), self.step
+        self._calls = Callbacks(callbacks if self.world.is_main else ())
+        error: BaseException | None = None
         try:
+            self._calls.start(self)
             while self.step < self.config.steps:
                 stop = self._next_stop(runner.block_steps)
                 is_eval = stop in self.eval_steps and stop == self.step + 1
@@ -230,7 +282,9 @@ class Trainer:
                 if is_eval:
                     evaluation = self._evaluate(started, first_step)
                     yield
-                    record |= evaluation()
+                    results = evaluation()
+                    self._calls.eval(self, results)
+                    record |= results
                 if on_progress is not None:
                     on_progress(self.step, record)
                 if self.step in self.snapshot_steps:
@@ -241,7 +295,11 @@ class Trainer:
                     raise TrainingInterrupted(f"stopped after step {self.step}; the run can be resumed")
             if self.config.final_checkpoint != "none" and self.step > first_step:
                 self._save(full=self.config.final_checkpoint == "full")
+        except BaseException as ended_by:
+            error = ended_by
+            raise
         finally:
+            self._calls.end(self, error)
             if self._log is not None:
                 self._log.close()
                 self._log = None
@@ -270,31 +328,34 @@ class Trainer:
             yield {}
             records = runner.finish().tolist()
         except NonFiniteGradientError as error:
-            self._take(start, error.records.tolist())
+            self._take(start, error.records.tolist(), runner.names)
             raise self._diverged(error.step, str(error)) from error
         except RuntimeError as error:
             self._raise_if_diverged(start + 1, error)
             raise
-        record = self._take(start, records)
+        record = self._take(start, records, runner.names)
         self.step = stop
         yield record
 
-    def _take(self, start: int, records: list[list[float]]) -> dict[str, Any]:
+    def _take(self, start: int, records: list[list[float]], names: tuple[str, ...]) -> dict[str, Any]:
         """Adds the records of the steps after `start` to the sums and the log; returns the last one."""
         record: dict[str, Any] = {}
         for offset, values in enumerate(records):
             step = start + 1 + offset
-            record = self._facts(step) | dict(zip(RECORD, values, strict=True))
-            if not all(math.isfinite(value) for value in values):
+            record = self._facts(step) | dict(zip(names, values, strict=True))
+            # The parts of a loss of one's own are whatever it says they are.
+            checked = values if self.loss_fn is None else [record["loss"], record["grad_norm"]]
+            if not all(math.isfinite(value) for value in checked):
                 raise self._diverged(step, "loss or gradient norm is NaN or Inf")
             self._sums["steps"] += 1
             clip = self.config.grad_clip
             self._sums["clipped"] += clip is not None and record["grad_norm"] > clip
             self._sums["loss"] += record["loss"]
-            self._sums["cross_entropy"] += record["cross_entropy"]
+            self._sums["cross_entropy"] += record.get("cross_entropy", 0.0)
             if self._log is not None and (step % self.config.log_interval == 0 or step == 1):
                 self._log.write("train", record)
             self._last_record = record
+            self._calls.step(self, record)
         return record
 
     def _raise_if_diverged(self, step: int, error: RuntimeError) -> None:
@@ -330,6 +391,8 @@ class Trainer:
             "grad_norm": self._last_record["grad_norm"],
             "clip_rate": self._sums["clipped"] / count,
         }
+        if PARTS[0] not in self._last_record:  # of a loss of one's own
+            del result["train_cross_entropy"]
         facts = EvaluatedStep(
             self.step,
             self.step == self.config.steps,
@@ -388,7 +451,7 @@ class Trainer:
                 "cumulative_lr": self._facts(self.step)["cumulative_lr"],
                 "finished": self.step == self.config.steps,
             }
-            write_checkpoint(
+            written = write_checkpoint(
                 self.run_dir / folder,
                 self.step,
                 self.model.state_dict(),
@@ -396,6 +459,7 @@ class Trainer:
                 state,
                 keep_older=folder == "snapshots",
             )
+            self._calls.checkpoint(self, written)
         if folder == "checkpoint":
             self._last_checkpoint = (self.step, time.monotonic())
 
@@ -450,6 +514,15 @@ class Trainer:
         self.step = checkpoint.step
         self._sums = _NO_SUMS | checkpoint.state["sums"]
         return int(checkpoint.state["metrics_bytes"])
+
+
+def _warn_of_warmup(config: TrainConfig) -> None:
+    if config.warmup_steps is not None and 0 < config.steps <= config.warmup_steps:
+        warnings.warn(
+            f"the learning rate never reaches its peak: warmup_steps is {config.warmup_steps}, "
+            f"the run has {config.steps} steps (warmup_steps=None takes a tenth)",
+            stacklevel=3,
+        )
 
 
 def check_vocabulary(tokens: NDArray[Any], vocab_size: int) -> None:

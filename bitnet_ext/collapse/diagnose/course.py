@@ -173,7 +173,7 @@ def _calmer(case: Case) -> tuple[str, ...]:
     settings = case.settings
     rate = f"{settings.lr / 3:.2g} (it is {settings.lr:.2g})" if settings is not None else "a third of it"
     changes = [f"lr={rate}; start again, or from a checkpoint before the rise"]
-    if settings is None or settings.first_step_at_peak or settings.warmup_steps < settings.steps // 20:
+    if settings is None or settings.first_step_at_peak or settings.warmup < settings.steps // 20:
         changes.append("a longer warm-up (warmup_steps) and first_step_at_peak=False")
     if settings is None or settings.grad_clip is None or settings.grad_clip > 1:
         changes.append("grad_clip=1.0")
