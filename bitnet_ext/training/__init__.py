@@ -1,9 +1,15 @@
 """Training of ternary language models and their full-precision twins."""
 
 from bitnet_ext.training.adam import FusedAdam
-from bitnet_ext.training.checkpoint import CheckpointError, load_model, read_checkpoint
+from bitnet_ext.training.checkpoint import (
+    CheckpointError,
+    load_model,
+    read_checkpoint,
+    resolve_checkpoint,
+)
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.optimizer import Optimizer
+from bitnet_ext.training.run_lock import RunInUseError
 from bitnet_ext.training.schedules import learning_rates, weight_decays
 from bitnet_ext.training.together import advance_together, streams_side_by_side
 from bitnet_ext.training.trainer import (
@@ -21,6 +27,7 @@ __all__ = [
     "Evaluator",
     "FusedAdam",
     "Optimizer",
+    "RunInUseError",
     "TrainConfig",
     "Trainer",
     "TrainingDivergedError",
@@ -30,6 +37,7 @@ __all__ = [
     "load_model",
     "make_optimizer",
     "read_checkpoint",
+    "resolve_checkpoint",
     "streams_side_by_side",
     "weight_decays",
 ]
