@@ -8,8 +8,14 @@ from bitnet_ext.training.config import TrainConfig
 if TYPE_CHECKING:
     from bitnet_ext.training.adam import FusedAdam
     from bitnet_ext.training.callbacks import Callback
-    from bitnet_ext.training.checkpoint import CheckpointError, load_model, read_checkpoint
+    from bitnet_ext.training.checkpoint import (
+        CheckpointError,
+        load_model,
+        read_checkpoint,
+        resolve_checkpoint,
+    )
     from bitnet_ext.training.optimizer import Optimizer
+    from bitnet_ext.training.run_lock import RunInUseError
     from bitnet_ext.training.schedules import learning_rates, weight_decays
     from bitnet_ext.training.together import advance_together, streams_side_by_side
     from bitnet_ext.training.trainer import (
@@ -27,8 +33,9 @@ __getattr__ = lazy_names(
     {
         "adam": ("FusedAdam",),
         "callbacks": ("Callback",),
-        "checkpoint": ("CheckpointError", "load_model", "read_checkpoint"),
+        "checkpoint": ("CheckpointError", "load_model", "read_checkpoint", "resolve_checkpoint"),
         "optimizer": ("Optimizer",),
+        "run_lock": ("RunInUseError",),
         "schedules": ("learning_rates", "weight_decays"),
         "together": ("advance_together", "streams_side_by_side"),
         "trainer": ("EvaluatedStep", "Evaluator", "Trainer", "TrainingDivergedError", "TrainingInterrupted"),
@@ -43,6 +50,7 @@ __all__ = [
     "Evaluator",
     "FusedAdam",
     "Optimizer",
+    "RunInUseError",
     "TrainConfig",
     "Trainer",
     "TrainingDivergedError",
@@ -52,6 +60,7 @@ __all__ = [
     "load_model",
     "make_optimizer",
     "read_checkpoint",
+    "resolve_checkpoint",
     "streams_side_by_side",
     "weight_decays",
 ]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: Seconds between two plain lines at least. In a long run a line comes after each 20th of the time so far.
 LINE_SECONDS = 10.0
 
+_BAR = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"
+
 #: Columns of a terminal from which the bar shows tokens per second too.
 _WIDE = 90
 
@@ -97,7 +99,7 @@ class Progress(Callback):
                 dynamic_ncols=True,
                 mininterval=0.2,
                 smoothing=0.05,
-                bar_format="{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}",
+                bar_format=_BAR,
             )
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from bitnet_ext.training.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_checkpoint,
+    remove_leftovers,
     write_checkpoint,
     write_text_atomic,
 )
@@ -37,9 +38,18 @@ from bitnet_ext.training.metrics_log import MetricsLog
 from bitnet_ext.training.objective import PARTS, LossFunction
 from bitnet_ext.training.optimizer import Optimizer
 from bitnet_ext.training.progress import Progress
+from bitnet_ext.training.provenance import (
+    TokenSource,
+    check_same_run,
+    model_to_train,
+    provenance,
+    token_stream,
+)
+from bitnet_ext.training.run_lock import locked_run
 from bitnet_ext.training.schedules import learning_rates, weight_decays
 from bitnet_ext.training.signals import stop_on_signals
 from bitnet_ext.training.step import NonFiniteGradientError, TrainStep
+from bitnet_ext.training.tensors import plain_name
 from bitnet_ext.training.update_rules import make_optimizer
 
 #: Fields that may differ between a run and its resumption: they do not change what is computed.
@@ -58,6 +68,7 @@ _FREE_ON_RESUME = frozenset(
 
 #: File of a run that ended before its last step because a number was not finite: its step and the reason.
 ENDED = "ended.json"
+_T = TypeVar("_T")
 _NO_SUMS: dict[str, float] = {"steps": 0, "clipped": 0, "loss": 0.0, "cross_entropy": 0.0}
 
 
@@ -107,10 +118,13 @@ class Trainer:
     """Trains a model on a stream of token ids.
 
     Args:
-        model: moved to the device.
+        model: a BitNetForCausalLM, moved to the device. Of a ``torch.compile(model)`` the module inside is
+            trained and saved.
         config: of the run.
-        tokens: training stream, integer ids [n] (a memory-mapped array does not get read as a whole).
-        run_dir: for metrics.jsonl and checkpoints; None writes nothing.
+        tokens: training stream, integer ids [n]: a numpy array or memory map, a torch tensor, a list; or a
+            :class:`bitnet_ext.data.Corpus`, whose training part is used and whose text and tokenizer the
+            checkpoints then name.
+        run_dir: for metrics.jsonl and checkpoints; None writes nothing. One process at a time trains into it.
         device: "auto", "cpu", "cuda", "cuda:N".
         evaluator: called at `eval_steps` and every config.eval_interval steps; without one, an eval_interval asks for
             loss, perplexity and (with a tokenizer) bits per byte of `heldout`.
@@ -124,6 +138,9 @@ class Trainer:
             False), so it must not read numbers on the host.
         start_from: a full checkpoint of another run to go on from: weights, moments, step and cumulative learning
             rate are taken over, settings are not compared.
+        init_from: a checkpoint whose weights the run begins with, as in fine-tuning: at step 0, with moments of 0
+            and the schedule of `config`. Names and shapes must agree. Its path as of
+            :func:`bitnet_ext.training.resolve_checkpoint`, also for start_from.
         reset_moments: with start_from, begin with moments of 0 (bias corrections go on counting).
         snapshot_steps: steps after which a full checkpoint is kept in run_dir/snapshots.
 
@@ -135,13 +152,14 @@ class Trainer:
         self,
         model: BitNetForCausalLM,
         config: TrainConfig,
-        tokens: NDArray[Any],
+        tokens: TokenSource,
         *,
         run_dir: Path | str | None = None,
         device: str | torch.device = "auto",
         evaluator: Evaluator | None = None,
         eval_steps: Iterable[int] = (),
         start_from: Path | str | Checkpoint | None = None,
+        init_from: Path | str | Checkpoint | None = None,
         reset_moments: bool = False,
         snapshot_steps: Iterable[int] = (),
         heldout: NDArray[Any] | None = None,
@@ -149,6 +167,9 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         loss_fn: LossFunction | None = None,
     ) -> None:
+        model, stream = model_to_train(model), token_stream(tokens)
+        if start_from is not None and init_from is not None:
+            raise ValueError("Trainer: start_from and init_from exclude each other, got both")
         self.config = config
         self.device = resolve_device(device)
         self.world = join_world(self.device.type)
@@ -165,10 +186,10 @@ class Trainer:
                 f"Trainer: seq_len must be at most the model's max_seq_len = {model.config.max_seq_len}, "
                 f"got {config.seq_len}"
             )
-        check_vocabulary(tokens, model.config.vocab_size)
+        check_vocabulary(stream.ids, model.config.vocab_size)
         self.model = model.to(self.device)
         self.sampler = RowSampler(
-            tokens,
+            stream.ids,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             order=cast(Order, config.sampling),
@@ -198,14 +219,21 @@ class Trainer:
         self._sums = dict(_NO_SUMS)  # since the last evaluation
         self.snapshot_steps = sorted({int(s) for s in snapshot_steps if 1 <= s <= config.steps})
         self.reset_moments = reset_moments
+        self._provenance = provenance(stream, self.device)
         if start_from is not None:
-            whole = start_from if isinstance(start_from, Checkpoint) else read_checkpoint(Path(start_from))
+            whole = start_from if isinstance(start_from, Checkpoint) else read_checkpoint(start_from)
             self._begin_at(whole)
+        if init_from is not None:
+            whole = init_from if isinstance(init_from, Checkpoint) else read_checkpoint(init_from)
+            load_weights(self.model, whole)
+            self._provenance["init_from"] = {"path": str(whole.path), "step": whole.step}
         self._log: MetricsLog | None = None
         self._calls = Callbacks(())
+        self._display: list[Callback] = []
         self._stop_requested = False
         self._last_record: dict[str, Any] = {}
         self._last_checkpoint = (0, time.monotonic())
+        self._full_step: int | None = None  # of the newest checkpoint that this trainer wrote in full
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -230,11 +258,16 @@ class Trainer:
             TrainingDivergedError: NaN or Inf in loss or gradient.
             TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
             FileExistsError: run_dir holds a run and resume is False.
+            RunInUseError: another process trains into run_dir (an OSError).
+            ValueError: on resume settings, model, text or tokenizer differ from the run's, or a checkpoint is damaged.
         """
-        shown = [Progress()] if progress else []
-        with stop_on_signals(self):
-            for _ in self._advance(resume, on_progress, [*self.callbacks, *shown]):
-                pass
+        self._display = [Progress()] if progress else []
+        try:
+            with stop_on_signals(self):
+                for _ in self.advance(resume=resume, on_progress=on_progress):
+                    pass
+        finally:
+            self._display = []
 
     def advance(
         self,
@@ -248,13 +281,11 @@ class Trainer:
         :func:`bitnet_ext.training.advance_together`.
         Signals are left to the caller; a generator that is closed early leaves what the last checkpoint had.
         """
-        return self._advance(resume, on_progress, self.callbacks)
+        with locked_run(self.run_dir, self.world):
+            yield from self._advance(resume, on_progress)
 
     def _advance(
-        self,
-        resume: bool,
-        on_progress: Callable[[int, dict[str, Any]], None] | None,
-        callbacks: Sequence[Callback],
+        self, resume: bool, on_progress: Callable[[int, dict[str, Any]], None] | None
     ) -> Iterator[None]:
         keep_bytes = self._restore() if resume else self._refuse_existing()
         wait_for_all(self.world)  # everyone has looked before the first process writes
@@ -262,11 +293,12 @@ class Trainer:
             board = self.run_dir / "tensorboard" if self.config.tensorboard else None
             self._log = MetricsLog(self.run_dir / "metrics.jsonl", keep_bytes, board)
             (self.run_dir / ENDED).unlink(missing_ok=True)
+            remove_leftovers(self.run_dir, sole_writer=True)
         self.model.train()
         runner = TrainStep(self.model, self.optimizer, self.config, self.device, self.world, self.loss_fn)
         self._last_checkpoint = (self.step, time.monotonic())
         started, first_step = time.monotonic(), self.step
-        self._calls = Callbacks(callbacks if self.world.is_main else ())
+        self._calls = Callbacks([*self.callbacks, *self._display] if self.world.is_main else ())
         error: BaseException | None = None
         try:
             self._calls.start(self)
@@ -442,8 +474,11 @@ class Trainer:
             self._save(full=True)
 
     def _save(self, full: bool, folder: str = "checkpoint") -> None:
+        if folder == "checkpoint" and self._full_step == self.step:
+            return  # a stop in a step at which a checkpoint was due
         if self.run_dir is not None and self._log is not None:
             state = {
+                **self._provenance,
                 "model_config": self.model.config.to_dict(),
                 "train_config": self.config.to_dict(),
                 "metrics_bytes": self._log.position(),
@@ -458,7 +493,10 @@ class Trainer:
                 self.optimizer.state() if full else {},
                 state,
                 keep_older=folder == "snapshots",
+                sole_writer=True,
             )
+            if full and folder == "checkpoint":
+                self._full_step = self.step
             self._calls.checkpoint(self, written)
         if folder == "checkpoint":
             self._last_checkpoint = (self.step, time.monotonic())
@@ -474,19 +512,29 @@ class Trainer:
         if not self.reset_moments:
             self._load_moments(checkpoint)
         self.step = checkpoint.step
-        before = float(checkpoint.state["cumulative_lr"])
+        before = _recorded(checkpoint, "cumulative_lr", float)
         self._cumulative_lr = self._cumulative_lr + (before - self._cumulative_lr[checkpoint.step - 1])
 
     def _load_moments(self, checkpoint: Checkpoint) -> None:
-        missing = sorted(set(self.optimizer.state()) - set(checkpoint.optimizer))
+        moments = self.optimizer.state()
+        missing = sorted({plain_name(name) for name in moments} - set(checkpoint.optimizer))
         if missing:
             raise CheckpointError(
                 f"checkpoint {checkpoint.path} has no optimiser state ({missing[0]}): it cannot be resumed"
             )
-        self.optimizer.load_state(checkpoint.optimizer)
+        found = {name: checkpoint.optimizer[plain_name(name)] for name in moments}
+        for name, value in moments.items():
+            if found[name].shape != value.shape:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.path}: the optimiser's {name} must have shape {tuple(value.shape)}, "
+                    f"got {tuple(found[name].shape)}"
+                )
+        self.optimizer.load_state(found)
 
     def _refuse_existing(self) -> int:
-        if self.run_dir is not None and (self.run_dir / "metrics.jsonl").exists():
+        if self.run_dir is not None and any(
+            (self.run_dir / name).exists() for name in ("metrics.jsonl", "checkpoint/latest.json")
+        ):
             raise FileExistsError(
                 f"{self.run_dir} already holds a run: pass resume=True to continue it, or choose another folder"
             )
@@ -501,19 +549,32 @@ class Trainer:
             return 0
         checkpoint = read_checkpoint(path)
         # A checkpoint from before a field existed was written with its default.
-        saved = TrainConfig().to_dict() | checkpoint.state["train_config"]
+        saved = TrainConfig().to_dict() | _recorded(checkpoint, "train_config", dict)
         for name, value in self.config.to_dict().items():
             if name not in _FREE_ON_RESUME and saved.get(name) != value:
                 raise ValueError(
                     f"Trainer: {name} is {value!r}, but {path} was written with {saved.get(name)!r}; "
                     "a run is resumed with its own settings"
                 )
+        check_same_run(checkpoint.state, path, self.model.config, self._provenance)
+        sums, metrics_bytes = _recorded(checkpoint, "sums", dict), _recorded(checkpoint, "metrics_bytes", int)
         load_weights(self.model, checkpoint)
         if checkpoint.step < self.config.steps:
             self._load_moments(checkpoint)
         self.step = checkpoint.step
-        self._sums = _NO_SUMS | checkpoint.state["sums"]
-        return int(checkpoint.state["metrics_bytes"])
+        self._sums = _NO_SUMS | sums
+        return metrics_bytes
+
+
+def _recorded(checkpoint: Checkpoint, name: str, kind: type[_T]) -> _T:
+    """A value of a checkpoint's state, by its type."""
+    value = checkpoint.state.get(name)
+    if not isinstance(value, kind):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: state.json is damaged: state must have {name} "
+            f"({kind.__name__}), got {type(value).__name__}"
+        )
+    return value
 
 
 def _warn_of_warmup(config: TrainConfig) -> None:
