@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from tqdm import tqdm
 
+from bitnet_ext._streams import LenientStream
 from bitnet_ext.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -23,48 +24,6 @@ _BAR = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left, 
 
 #: Columns of a terminal from which the bar shows tokens per second too.
 _WIDE = 90
-
-
-class LenientStream:
-    """A text stream whose errors are swallowed: a full disk or a closed pipe behind a display must not end a run.
-
-    After the first error nothing more is written.
-
-    Args:
-        stream: such as sys.stderr; None writes nothing.
-    """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
-
-    @property
-    def encoding(self) -> str:
-        return getattr(self._stream, "encoding", None) or "ascii"
-
-    def write(self, text: str) -> int:
-        return self._try("write", text) or 0
-
-    def flush(self) -> None:
-        self._try("flush")
-
-    def fileno(self) -> int:
-        if self._stream is None:
-            raise OSError("there is no stream")
-        return self._stream.fileno()
-
-    def isatty(self) -> bool:
-        return bool(self._try("isatty"))
-
-    def _try(self, name: str, *arguments: Any) -> Any:
-        if self._stream is None:
-            return None
-        try:
-            return getattr(self._stream, name)(*arguments)
-        except UnicodeEncodeError:
-            return None  # of a character that the stream's encoding lacks
-        except (OSError, ValueError):  # ValueError: the file is closed
-            self._stream = None
-            return None
 
 
 class Progress(Callback):
