@@ -39,7 +39,8 @@ def generate(
         top_k: keeps the k most likely tokens; top_p: the smallest set with this share of probability
             (nucleus, arXiv 1904.09751).
         eos_id: ends a sequence, which is then filled up with it; generation stops when all have ended.
-        seed: of the sampling.
+        seed: of the sampling, from a generator of its own. None samples from torch's global generator of the
+            device, which ``torch.manual_seed`` sets, so that each call continues in another way.
         on_token: called with each new column int64 [B].
 
     Returns:
@@ -68,9 +69,8 @@ def generate(
         )
     was_training = model.training
     model.eval()
-    generator = torch.Generator(device=prompt.device)
-    if seed is not None:
-        generator.manual_seed(seed)
+    # None is torch's global generator of the device.
+    generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
     choice = _Choice(temperature, top_k, top_p, generator)
     captured = prompt.is_cuda and max_new_tokens >= CAPTURED_TOKENS
     decoder = (_Captured if captured else _Eager)(model, prompt, total, choice)
@@ -97,7 +97,7 @@ class _Choice:
     """How the next token is chosen from logits."""
 
     def __init__(
-        self, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+        self, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
     ) -> None:
         self._temperature, self._top_k, self._top_p, self._generator = temperature, top_k, top_p, generator
 

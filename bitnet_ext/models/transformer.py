@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from bitnet_ext import ops
 from bitnet_ext.models.config import BitNetConfig
 from bitnet_ext.models.kv_cache import KVCache
+from bitnet_ext.models.seeding import drawing_from
 from bitnet_ext.nn import BitLinear, RMSNorm, WeightCache
 from bitnet_ext.nn.fused import apart, glu_linear, norm_linear, side_by_side
 from bitnet_ext.ops.attention import apply_rotary
@@ -176,7 +177,8 @@ class BitNetForCausalLM(nn.Module):
 
     Args:
         config: see :class:`BitNetConfig`; presets through :func:`bitnet_ext.models.preset`.
-        seed: of the initialisation, drawn from a generator of its own; None uses torch's global one.
+        seed: of the initialisation, drawn from a generator of its own on each device: the global generators are
+            neither read nor set, also in threads. None uses torch's global ones.
 
     Shapes: input ids int64 [B, T] -> logits [B, T, V].
     """
@@ -187,9 +189,7 @@ class BitNetForCausalLM(nn.Module):
     def __init__(self, config: BitNetConfig, *, seed: int | None = None) -> None:
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with drawing_from(seed):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
             self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
