@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def generate(
 @overload
 def generate(
     model: BitNetForCausalLM,
-    prompt: Sequence[str],
+    prompt: list[str] | tuple[str, ...],
     max_new_tokens: int = ...,
     *,
     temperature: float = ...,
@@ -79,7 +79,7 @@ def generate(
 @overload
 def generate(
     model: BitNetForCausalLM,
-    prompt: Sequence[Sequence[int]] | Sequence[Tensor],
+    prompt: Sequence[Sequence[int] | Tensor],
     max_new_tokens: int = ...,
     *,
     temperature: float = ...,
@@ -126,8 +126,8 @@ def generate(
         on_token: called with each new column int64 [B].
 
     Returns:
-        prompt and continuation, new <= max_new_tokens: int64 [B, T + new] of a tensor, a text of a text, a list of texts
-        or of tensors int64 [T_i + new] of a list.
+        prompt and continuation, new <= max_new_tokens: of a tensor int64 [B, T + new], of a text a text, of a list a
+        list of texts or of tensors int64 [T_i + new].
 
     Raises:
         ValueError: an argument is out of range; a text without a tokenizer.
@@ -144,13 +144,11 @@ def generate(
     else:
         if attention_mask is not None:
             raise ValueError("generate: attention_mask must be None where prompt is no tensor")
-        rows = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
         coder = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         is_text = bool(rows) and all(isinstance(row, str) for row in rows)
         padded = pad_prompts(encode_texts(rows, coder) if is_text else rows, model.embed_tokens.weight.device)
-    tokens = _generate(
-        model, padded, max_new_tokens, temperature, top_k, top_p, eos_id, seed, on_token
-    )
+    tokens = _generate(model, padded, max_new_tokens, temperature, top_k, top_p, eos_id, seed, on_token)
     if isinstance(prompt, Tensor):
         return tokens
     found = padded.rows(tokens)

@@ -19,7 +19,7 @@ class TextCoder(Protocol):
 
 
 #: Token ids int64 [B, T]; a text; or a list of texts or of rows of ids, which may differ in length.
-Prompt = Tensor | str | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor]
+Prompt = Tensor | str | Sequence[str] | Sequence[Sequence[int] | Tensor]
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ _LOGITS = 128 * 50_257
 
 
 class Decoder(Protocol):
-    """The part of a tokenizer that bits per byte need."""
+    """The part of a tokenizer that bits per byte need. The id `eos_id`, if there is one, stands for no text."""
 
-    def decode(self, ids: list[int], /) -> str: ...
+    def decode(self, ids: Any, /) -> str: ...
 
 
 def evaluate(
@@ -77,7 +77,9 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"evaluate: {name} must be 1 or more, got {value}")
     if num_bytes is not None and (max_tokens is not None or tokenizer is not None):
-        raise ValueError("evaluate: num_bytes is of the whole text: give neither max_tokens nor tokenizer with it")
+        raise ValueError(
+            "evaluate: num_bytes is of the whole text: give neither max_tokens nor tokenizer with it"
+        )
     if batch_size is None:
         batch_size = max(1, 4096 // seq_len)
     place = _device(model) if device is None else torch.device(device)
@@ -91,7 +93,7 @@ def evaluate(
             total += _sum_of_losses(model, inputs.contiguous(), targets, document_separator)
             count += targets.numel()
             if tokenizer is not None:
-                text_bytes += sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in rows)
+                text_bytes += sum(_bytes_of(row[1:], tokenizer) for row in rows)
     cross_entropy = float(total) / count
     result: dict[str, float | int] = {
         "cross_entropy": cross_entropy,
@@ -110,6 +112,13 @@ def perplexity(cross_entropy: float) -> float:
         return math.exp(cross_entropy)
     except OverflowError:
         return math.inf
+
+
+def _bytes_of(ids: NDArray[np.int64], tokenizer: Decoder) -> int:
+    """UTF-8 bytes of the text of ids; a character that is cut off at an end counts as three."""
+    eos_id = getattr(tokenizer, "eos_id", None)
+    kept = ids if eos_id is None else ids[ids != eos_id]
+    return len(tokenizer.decode(kept.tolist()).encode())
 
 
 def _checked(tokens: NDArray[Any] | Tensor) -> NDArray[Any]:

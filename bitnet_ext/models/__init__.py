@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from bitnet_ext.models.transformer import BitNetForCausalLM
 
 # Presets are read without torch, by the command line; what follows imports it.
-__getattr__ = lazy_names(
-    __name__, {"kv_cache": ("KVCache",), "transformer": ("BitNetForCausalLM",)}
-)
+__getattr__ = lazy_names(__name__, {"kv_cache": ("KVCache",), "transformer": ("BitNetForCausalLM",)})
 
 __all__ = ["PRESETS", "BitNetConfig", "BitNetForCausalLM", "KVCache", "preset"]

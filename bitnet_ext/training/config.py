@@ -40,9 +40,7 @@ def _field(default: Any, group: str, words: str, choices: tuple[str, ...] | None
     """A field with its words: the only place they are written. ``bitnet-ext train --help`` and TrainConfig's docstring
     take them from here.
     """
-    return dataclasses.field(
-        default=default, metadata={"group": group, "words": words, "choices": choices}
-    )
+    return dataclasses.field(default=default, metadata={"group": group, "words": words, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,9 @@ class TrainConfig:
     )
     wd_second: float = _field(0.0, "schedule", "weight decay of the second half")
 
-    label_smoothing: float = _field(0.0, "objective", "share of the target that is spread over the vocabulary")
+    label_smoothing: float = _field(
+        0.0, "objective", "share of the target that is spread over the vocabulary"
+    )
     z_loss: float = _field(0.0, "objective", "weight of the mean squared log-sum-exp of the logits")
     entropy_weight: float = _field(
         0.0, "objective", "weight of the mean entropy of the predictions, which is rewarded"
@@ -277,9 +277,7 @@ def _described() -> str:
         for field in dataclasses.fields(TrainConfig):
             if field.metadata["group"] == key:
                 words = f"{field.name}: {field.metadata['words']} (default {field.default!r})."
-                lines += textwrap.wrap(
-                    words, 110, initial_indent=" " * 12, subsequent_indent=" " * 16
-                )
+                lines += textwrap.wrap(words, 110, initial_indent=" " * 12, subsequent_indent=" " * 16)
     return "\n".join([*lines, "    "])
 
 

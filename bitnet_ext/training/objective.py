@@ -70,7 +70,9 @@ class LanguageModelLoss(nn.Module):
             out: Any = loss_fn(self.model, ids, targets)
         loss, parts = out if isinstance(out, tuple) else (out, {})
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            found = (
+                f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            )
             raise ValueError(
                 f"Trainer: loss_fn must return a loss with a gradient, one number, alone or with a dict of parts; "
                 f"got {found}"

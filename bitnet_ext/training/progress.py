@@ -104,9 +104,7 @@ class Progress(Callback):
             rate = steps / max(seconds, 1e-9)
             tokens = amount(rate * trainer.config.tokens_per_step)
             loss = f", loss {self._record['loss']:.3f}" if self._record else ""
-            self._print(
-                f"{steps} steps in {duration(seconds)}: {rate:.3g} steps/s, {tokens} tokens/s{loss}"
-            )
+            self._print(f"{steps} steps in {duration(seconds)}: {rate:.3g} steps/s, {tokens} tokens/s{loss}")
 
     def _line(self, trainer: Trainer, record: dict[str, Any]) -> str:
         step, total = int(record["step"]), trainer.config.steps
@@ -163,7 +161,9 @@ def _disk(trainer: Trainer) -> str:
         if config.checkpoint_seconds is not None and trainer.world.size == 1:
             when.append(f"{config.checkpoint_seconds:g} s")
         words = f"a checkpoint every {' or '.join(when)}: {full}"
-        return words if config.final_checkpoint == "full" else f"{words}; at the end {_final(config, weights)}"
+        return (
+            words if config.final_checkpoint == "full" else f"{words}; at the end {_final(config, weights)}"
+        )
     return f"at the end {_final(config, weights, weights + moments)}"
 
 

@@ -53,7 +53,7 @@ from bitnet_ext.training.tensors import plain_name
 from bitnet_ext.training.update_rules import make_optimizer
 
 #: Fields that may differ between a run and its resumption: they do not change what is computed.
-_FREE_ON_RESUME = frozenset(
+FREE_ON_RESUME = frozenset(
     (
         "cuda_graph",
         "eval_interval",
@@ -199,7 +199,11 @@ class Trainer:
         )
         self.run_dir = None if run_dir is None else Path(run_dir)
         if config.eval_interval is not None:
-            eval_steps = {*eval_steps, *range(config.eval_interval, config.steps, config.eval_interval), config.steps}
+            eval_steps = {
+                *eval_steps,
+                *range(config.eval_interval, config.steps, config.eval_interval),
+                config.steps,
+            }
             if evaluator is None and heldout is None:
                 raise ValueError("Trainer: eval_interval needs heldout (held-out ids) or an evaluator")
             if evaluator is None and heldout is not None:
@@ -551,7 +555,7 @@ class Trainer:
         # A checkpoint from before a field existed was written with its default.
         saved = TrainConfig().to_dict() | _recorded(checkpoint, "train_config", dict)
         for name, value in self.config.to_dict().items():
-            if name not in _FREE_ON_RESUME and saved.get(name) != value:
+            if name not in FREE_ON_RESUME and saved.get(name) != value:
                 raise ValueError(
                     f"Trainer: {name} is {value!r}, but {path} was written with {saved.get(name)!r}; "
                     "a run is resumed with its own settings"
