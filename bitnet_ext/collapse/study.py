@@ -324,7 +324,7 @@ def _about(corpus: Corpus) -> dict[str, Any]:
     return {
         "name": corpus.name,
         "description": corpus.description,
-        "source": corpus.source,
+        "source": corpus.origin,
         "fingerprint": corpus.fingerprint,
         "train_tokens": len(corpus.train),
         "heldout_tokens": len(corpus.heldout),
