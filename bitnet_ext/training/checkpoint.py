@@ -259,7 +259,9 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         try:
             tensors[name] = plain_names(safetensors.torch.load_file(file))
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"checkpoint {path}: {name} is no safetensors file ({error})") from error
+            raise CheckpointError(
+                f"checkpoint {path}: {name} is no safetensors file ({_first_line(error)})"
+            ) from error
         for further, first in content["shared"].get(name, {}).items():
             if not isinstance(first, str) or first not in tensors[name]:
                 raise CheckpointError(
@@ -267,6 +269,10 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
                 )
             tensors[name][further] = tensors[name][first]
     return Checkpoint(path, content["step"], tensors[MODEL_FILE], tensors[OPTIMIZER_FILE], content["state"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _short(value: object) -> str:
@@ -296,7 +302,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> BitNetFo
             model = BitNetForCausalLM(config)
     except (RuntimeError, ArithmeticError, TypeError) as error:  # sizes beyond 2^63, say
         raise CheckpointError(
-            f"checkpoint {checkpoint.path}: model_config of state.json makes no model ({error})"
+            f"checkpoint {checkpoint.path}: model_config of state.json makes no model ({_first_line(error)})"
         ) from error
     _check_weights(model, checkpoint)
     model.to_empty(device=device)

@@ -162,12 +162,9 @@ def check_same_run(
             f"the text has {given}{_named(record['source'])}",
             f"{written}{_named(saved.get('source'))}",
         )
-    tokenizers = [
-        source.get("tokenizer") if isinstance(source, dict) else None
-        for source in (record["source"], saved.get("source"))
-    ]
-    if None not in tokenizers and tokenizers[0] != tokenizers[1]:
-        raise _differs(path, f"the tokenizer is {tokenizers[0]!r}", repr(tokenizers[1]))
+    used, written_with = (_tokenizer_of(source) for source in (record["source"], saved.get("source")))
+    if used is not None and written_with is not None and used[1] != written_with[1]:
+        raise _differs(path, f"the tokenizer is {used[0]}", str(written_with[0]))
 
 
 def _differs(path: Path, now: str, before: str) -> ValueError:
@@ -179,10 +176,16 @@ def _differs(path: Path, now: str, before: str) -> ValueError:
 
 def _named(source: object) -> str:
     """The name of a text in brackets, where it has one."""
-    text = source.get("text") if isinstance(source, dict) else None
-    if isinstance(text, dict):
-        text = text.get("name") or text.get("path")
-    return f" ({text})" if isinstance(text, str) else ""
+    name = source.get("name") if isinstance(source, dict) else None
+    return f" ({name})" if isinstance(name, str) else ""
+
+
+def _tokenizer_of(source: object) -> tuple[str, object] | None:
+    """Name of a source's tokenizer, and what tells it from others; None where none is recorded."""
+    record = source.get("tokenizer") if isinstance(source, dict) else None
+    if isinstance(record, dict):
+        return str(record.get("name")), record.get("fingerprint") or record
+    return None if record is None else (str(record), record)
 
 
 def _source_of(corpus: Corpus) -> dict[str, Any]:
@@ -190,4 +193,4 @@ def _source_of(corpus: Corpus) -> dict[str, Any]:
     if callable(source):
         record: dict[str, Any] = source()
         return record
-    return {"text": corpus.name, "tokenizer": corpus.tokenizer, "fingerprint": corpus.fingerprint}
+    return {"name": corpus.name, "tokenizer": corpus.tokenizer, "fingerprint": corpus.fingerprint}

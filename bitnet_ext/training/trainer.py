@@ -45,6 +45,7 @@ from bitnet_ext.training.provenance import (
     provenance,
     token_stream,
 )
+from bitnet_ext.training.random_state import random_state, restore_random_state
 from bitnet_ext.training.run_lock import locked_run
 from bitnet_ext.training.schedules import learning_rates, weight_decays
 from bitnet_ext.training.signals import stop_on_signals
@@ -494,7 +495,7 @@ class Trainer:
                 self.run_dir / folder,
                 self.step,
                 self.model.state_dict(),
-                self.optimizer.state() if full else {},
+                self.optimizer.state() | random_state(self.config, self.device) if full else {},
                 state,
                 keep_older=folder == "snapshots",
                 sole_writer=True,
@@ -565,6 +566,7 @@ class Trainer:
         load_weights(self.model, checkpoint)
         if checkpoint.step < self.config.steps:
             self._load_moments(checkpoint)
+            restore_random_state(checkpoint, self.config, self.device)
         self.step = checkpoint.step
         self._sums = _NO_SUMS | sums
         return metrics_bytes
