@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from bitnet_ext.collapse.pages import write_pages
 from bitnet_ext.collapse.pages.comparison_table import comparison_table
 from bitnet_ext.collapse.results import Study, read_study
 from bitnet_ext.collapse.runs import Task
-from bitnet_ext.collapse.study import StudyConfig, config_from_json, default_config, run_study
+from bitnet_ext.collapse.study import StudyConfig, default_config, read_config, run_study
 from bitnet_ext.collapse.verdicts import verdicts
 from bitnet_ext.collapse.workers import StudyWorkerError
 from bitnet_ext.training import TrainingInterrupted
@@ -231,10 +230,7 @@ def _config(args: argparse.Namespace, out: Path) -> StudyConfig:
     base = default_config(resolve_device(args.device.split(",")[0]))
     settings = out / "study.json"
     if args.resume and settings.is_file():  # what is not said again is as it was
-        try:
-            base = config_from_json(json.loads(settings.read_text()))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{settings} is damaged: it must hold the study's config") from error
+        base = read_config(settings)
     given = {
         "arms": None if args.arms is None else tuple(args.arms),
         "steps": args.steps,

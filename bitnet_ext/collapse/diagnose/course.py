@@ -175,7 +175,7 @@ def _calmer(case: Case) -> tuple[str, ...]:
     settings = case.settings
     rate = f"{settings.lr / 3:.2g} (it is {settings.lr:.2g})" if settings is not None else "a third of it"
     changes = [f"lr={rate}; start again, or from a checkpoint before the rise"]
-    if settings is None or settings.first_step_at_peak or settings.warmup_steps < settings.steps // 20:
+    if settings is None or settings.first_step_at_peak or settings.warmup < settings.steps // 20:
         changes.append("a longer warm-up (warmup_steps) and first_step_at_peak=False")
     if settings is None or settings.grad_clip is None or settings.grad_clip > 1:
         changes.append("grad_clip=1.0")
@@ -362,19 +362,19 @@ def _rise(case: Case) -> list[Evidence] | None:
 def warm_up(case: Case, status: str | None) -> Finding | None:
     """The learning rate still rises, and nothing has failed: too early for any judgement of the course."""
     settings, last = case.settings, case.last_step
-    if settings is None or last is None or status not in ("warmup", None) or last > settings.warmup_steps:
+    if settings is None or last is None or status not in ("warmup", None) or last > settings.warmup:
         return None
     changes = ["nothing: keep training"]
-    if settings.steps <= settings.warmup_steps:
+    if settings.steps <= settings.warmup:
         changes = [
-            f"warmup_steps={max(1, settings.steps // 10)} (it is {settings.warmup_steps}), or more steps: the run ends "
+            f"warmup_steps={max(1, settings.steps // 10)} (it is {settings.warmup}), or more steps: the run ends "
             "before its learning rate has reached the peak"
         ]
     lr = case.last("lr") or case.last("lr", "train")
     rate = [evidence("learning rate", lr[1], lr[0], f"rises to {settings.lr:.3g}")] if lr is not None else []
     return Finding(
         "warm-up",
-        f"Too early to tell: step {last:,} of a warm-up of {settings.warmup_steps:,}",
+        f"Too early to tell: step {last:,} of a warm-up of {settings.warmup:,}",
         (*rate, *_standing(case)),
         tuple(changes),
         CERTAIN,

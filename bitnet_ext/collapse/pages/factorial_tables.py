@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from bitnet_ext._files import read_json
 from bitnet_ext.collapse.pages.table import MISSING, Table, spread_text
 from bitnet_ext.collapse.results import Run, Study
 from bitnet_ext.collapse.results.status import STATUS, arm_status
@@ -141,7 +141,14 @@ def metrics_table(study: Study) -> Table | None:
     path = study.directory / "instrument.json"
     if not path.is_file():
         return None
-    check = json.loads(path.read_text())
+    check = read_json(path, "the check of the metrics")
+    try:
+        return _metrics_table(check)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: it must hold the check of the metrics ({error!r})") from error
+
+
+def _metrics_table(check: dict[str, Any]) -> Table:
     judged = {entry["key"]: entry["status"] for entry in check["judgements"]}
     body = [
         [
