@@ -325,6 +325,7 @@ class Trainer:
                 self._checkpoint_if_due()
                 if self._stop_requested:
                     self._save(full=True)
+                    self._stop_requested = False  # it is done: another fit goes on
                     raise TrainingInterrupted(f"stopped after step {self.step}; the run can be resumed")
             if self.config.final_checkpoint != "none" and self.step > first_step:
                 self._save(full=self.config.final_checkpoint == "full")
