@@ -27,8 +27,9 @@ from bitnet_ext.collapse.runs import STEMS, text_of_seed
 from bitnet_ext.collapse.schedule import LATER, Schedule
 from bitnet_ext.collapse.study import StudyConfig, log_spaced_steps, run_study
 from bitnet_ext.models import PRESETS, BitNetForCausalLM, preset
-from bitnet_ext.training import FusedAdam, TrainConfig, Trainer, advance_together
+from bitnet_ext.training import FusedAdam, RunInUseError, TrainConfig, Trainer, advance_together
 from bitnet_ext.training import metrics_log as metrics_log_module
+from bitnet_ext.training.run_lock import RunLock
 from bitnet_ext.training.trainer import ENDED
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -460,3 +461,33 @@ def test_facts_of_an_evaluated_step(text: Path, tmp_path: Path) -> None:
     ]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [row["clip_rate"] for row in rows if row["kind"] == "eval"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"config": "."}',
+        b'{"config": {"arms": 3}}',
+        b'{"config": {"steps": "x", "arms": ["adamw"]}}',
+        b'{"config": {"unknown": 1}}',
+        b'{"config": {}}',
+        b"[]",
+        b"\xff\xfe",
+        b'{"config":' * 100_000,
+    ],
+)
+def test_damaged_settings_are_told(content: bytes, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "study.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"study\.json is damaged: it must hold the study's config") as error:
+        run_study(config(text, "A"), tmp_path / "out", device="cpu", resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_study_is_run_by_one_process(text: Path, tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "out")
+    lock.acquire()
+    with pytest.raises(RunInUseError, match=f"is being trained by process {os.getpid()} on "):
+        run_study(config(text, "A"), tmp_path / "out", device="cpu", resume=True)
+    lock.release()
+    assert not (tmp_path / "out").exists()

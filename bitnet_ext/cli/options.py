@@ -88,9 +88,14 @@ def given_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_flags(message: str) -> str:
-    """A message about a field of TrainConfig in the words of the command line."""
+    """A message about fields of TrainConfig in the words of the command line."""
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
+
+    def as_flag(match: re.Match[str]) -> str:
+        return flag(match[0]) if match[0] in fields and "_" in match[0] else match[0]
+
     message = re.sub(r"^(TrainConfig|Trainer): ", "", message)
-    return re.sub(
-        r"\b[a-z][a-z0-9_]*\b", lambda m: flag(m[0]) if m[0] in fields and "_" in m[0] else m[0], message
-    )
+    first = message.split(" ", 1)[0]
+    if first in fields:
+        message = flag(first) + message[len(first) :]
+    return re.sub(r"\b[a-z][a-z0-9_]*\b", as_flag, message).replace(" or None", " or none")

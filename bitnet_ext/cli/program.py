@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from bitnet_ext import __version__
-from bitnet_ext.cli import output
+from bitnet_ext.cli import options, output
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -64,6 +65,7 @@ def _run(words: Sequence[str]) -> int:
             module = importlib.import_module(f"bitnet_ext.cli.{name}")
             module.add_arguments(command)
     args = parser.parse_args(words)
+    as_usual, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         status: int = module.run(args)
         return status
@@ -81,3 +83,9 @@ def _run(words: Sequence[str]) -> int:
             raise
         print(f"error: {str(error).strip()}", file=sys.stderr)
         return EXIT_USAGE
+    finally:
+        warnings.formatwarning = as_usual
+
+
+def _warning_line(message: Warning | str, *place: object, **more: object) -> str:
+    return f"warning: {options.in_flags(str(message))}\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -158,6 +157,8 @@ def _train(args: argparse.Namespace, out: Path, resuming: bool) -> int:
             )
         return 130
     if trainer.world.is_main:
+        if state is not None and state.get("finished"):
+            print(f"the run is complete: {trainer.step} of {config.steps} steps were made before")
         _say_next(out, config)
     return 0
 
@@ -249,7 +250,7 @@ def _again(args: argparse.Namespace, out: Path, state: dict[str, Any]) -> tuple[
     known = TrainConfig.from_dict(saved)
     given = given_config(args)
     if hasattr(args, "document_masks") and known.document_separator is None:
-        given["document_separator"] = "on"
+        raise ValueError(f"train: --document-masks is given, but the run in {out} has none")
     for name, value in given.items():
         if name not in FREE_ON_RESUME and getattr(known, name) != value:
             raise ValueError(
@@ -284,11 +285,6 @@ def _say_next(out: Path, config: TrainConfig) -> None:
     if config.final_checkpoint == "none":
         return
     print(f"checkpoint  {out / 'checkpoint'}")
-    print(f'next        bitnet-ext generate {folder} "The"     # continue a text')
-    print(f"            bitnet-ext eval {folder}               # held-out loss, perplexity, bits per byte")
-    print(f"            bitnet-ext collapse diagnose {folder}  # is anything wrong with the run?")
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process, or the first one under torchrun."""
-    return os.environ.get("RANK", "0") == "0"
+    print("next:")
+    for command in (f'generate {folder} "The"', f"eval {folder}", f"collapse diagnose {folder}"):
+        print(f"  bitnet-ext {command}")

@@ -30,6 +30,8 @@ from bitnet_ext.collapse.workers import run_schedule
 from bitnet_ext.data.corpora import Corpus
 from bitnet_ext.models import preset
 from bitnet_ext.training.device import resolve_device
+from bitnet_ext.training.distributed import World
+from bitnet_ext.training.run_lock import locked_run
 from bitnet_ext.training.together import MAX_SIDE_BY_SIDE
 
 #: What a run without settings does on a CPU: the arms that tell the story, in under ten minutes on two cores.
@@ -192,6 +194,7 @@ def run_study(
 
     Raises:
         FileExistsError: out holds a study and resume is False.
+        RunInUseError: another process works on the study (an OSError).
         ValueError: bad settings; settings that differ from the study's on resume.
         TrainingInterrupted: Ctrl-C; the report of what was done is written first.
     """
@@ -202,6 +205,24 @@ def run_study(
         raise ValueError(f"together must be at most {MAX_SIDE_BY_SIDE} on a GPU, got {together}")
     if len(targets) > 1 and processes == 0:
         raise ValueError("several devices need processes >= 1: each device has processes of its own")
+    with locked_run(out, World()):
+        return _run_study(
+            config, out, targets, resume, progress or Silent(), command, processes, together, report
+        )
+
+
+def _run_study(
+    config: StudyConfig,
+    out: Path,
+    targets: list[torch.device],
+    resume: bool,
+    progress: Progress,
+    command: str | None,
+    processes: int,
+    together: int,
+    report: bool,
+) -> Path:
+    """:func:`run_study` of checked settings, in a folder that no other process works in."""
     settings_path = out / "study.json"
     if settings_path.exists():
         if not resume:
@@ -217,9 +238,7 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(settings_path, json.dumps(_settings(config, corpora, targets[0], command), indent=1))
     schedule = Schedule(config.tasks(), out)
-    session = _Session(
-        out, schedule, [str(target) for target in targets], processes, together, progress or Silent()
-    )
+    session = _Session(out, schedule, [str(target) for target in targets], processes, together, progress)
     session.study_started(schedule.number_of_runs, len(schedule.finished), schedule.steps_left)
     try:
         run_schedule(schedule, out, devices=targets, together=together, processes=processes, progress=session)

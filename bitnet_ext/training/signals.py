@@ -20,7 +20,8 @@ class Stoppable(Protocol):
 def stop_on_signals(target: Stoppable) -> Iterator[None]:
     """Within it the first Ctrl-C or SIGTERM calls target.request_stop(); a second one acts at once.
 
-    Outside the main thread, where Python has no signal handlers, it does nothing.
+    Outside the main thread, where Python has no signal handlers, it does nothing; nor does it for a signal that the
+    process ignores or that a handler outside Python takes.
     """
     previous: dict[signal.Signals, Any] = {}
 
@@ -35,7 +36,8 @@ def stop_on_signals(target: Stoppable) -> Iterator[None]:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                previous[number] = signal.signal(number, handle)
     try:
         yield
     finally:
