@@ -36,8 +36,15 @@ if(TORCH_VERSION VERSION_LESS 2.11)
 endif()
 message(STATUS "bitnet_ext: torch ${TORCH_VERSION} (${TORCH_DIR})")
 
-find_library(TORCH_LIBRARY torch PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
-find_library(TORCH_CPU_LIBRARY torch_cpu PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
+if(CMAKE_CROSSCOMPILING)
+  # The linker needs torch's library for its name only: the process has loaded the real one before.
+  file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/empty.cpp" "")
+  add_library(torch_cpu SHARED "${CMAKE_CURRENT_BINARY_DIR}/empty.cpp")
+  set(TORCH_CPU_LIBRARY -Wl,--no-as-needed torch_cpu)
+else()
+  find_library(TORCH_LIBRARY torch PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
+  find_library(TORCH_CPU_LIBRARY torch_cpu PATHS "${TORCH_DIR}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
+endif()
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${TORCH_DIR}/include")
