@@ -173,4 +173,6 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   // --- settings of the process, for tests and bug reports ---
   m.def("_cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
+  m.def("_cpu_info() -> str");    // JSON (csrc/build_info.cpp)
+  m.def("_build_info() -> str");  // JSON (CMakeLists.txt)
 }
