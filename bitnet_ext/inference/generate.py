@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from bitnet_ext._capture import capture, capture_stream
 from bitnet_ext.models.kv_cache import KVCache, SteadyKVCache
 from bitnet_ext.models.transformer import BitNetForCausalLM
-from bitnet_ext.nn import resident_weights, weight_caches
+from bitnet_ext.nn import FrozenWeights, frozen_weights, resident_weights
 
 #: New tokens from which on a GPU the work of one is captured as a graph.
 CAPTURED_TOKENS = 8
@@ -32,7 +33,8 @@ def generate(
     """Continues each prompt.
 
     Args:
-        model: training or packed form.
+        model: training or packed form. Its weights are quantised once per call and must not change within it, also
+            not by `on_token` (:func:`bitnet_ext.nn.frozen_weights`).
         prompt: int64 [B, T], T >= 1, on the model's device.
         max_new_tokens: >= 0; prompt and new tokens must fit the model's max_seq_len.
         temperature: 0 for greedy choice, else the divisor of the logits.
@@ -73,10 +75,17 @@ def generate(
         generator.manual_seed(seed)
     choice = _Choice(temperature, top_k, top_p, generator)
     captured = prompt.is_cuda and max_new_tokens >= CAPTURED_TOKENS
-    decoder = (_Captured if captured else _Eager)(model, prompt, total, choice)
     tokens = [prompt]
     done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    try:
+    # The weights do not change on the way, so their codes need not be made again for every token.
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, was_training)
+        frozen = stack.enter_context(frozen_weights(model))
+        decoder = (
+            _Captured(model, prompt, total, choice, frozen)
+            if captured
+            else _Eager(model, prompt, total, choice)
+        )
         for _ in range(max_new_tokens):
             new = decoder.next()
             if eos_id is not None:
@@ -88,8 +97,6 @@ def generate(
                 on_token(new)
             if eos_id is not None and bool(done.all()):
                 break
-    finally:
-        model.train(was_training)
     return torch.cat(tokens, dim=1)
 
 
@@ -154,8 +161,16 @@ class _Eager:
 class _Captured(_Eager):
     """Decodes by replaying one token's work, which is hundreds of launches, as a CUDA graph."""
 
-    def __init__(self, model: BitNetForCausalLM, prompt: Tensor, total: int, choice: _Choice) -> None:
+    def __init__(
+        self,
+        model: BitNetForCausalLM,
+        prompt: Tensor,
+        total: int,
+        choice: _Choice,
+        frozen: FrozenWeights,
+    ) -> None:
         super().__init__(model, prompt, total, choice)
+        self._frozen = frozen
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_calls = 0
         self._fixed_input = torch.empty_like(prompt[:, :1])
@@ -182,10 +197,7 @@ class _Captured(_Eager):
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # The weights do not change on the way, so that their codes need not be made again for every token.
-        codes = {
-            cache: cache.get(weights) for cache in weight_caches(self._model) if (weights := cache.weights)
-        }
+        codes = {cache: made for cache, _, made in self._frozen.made()}
         with (
             capture(graph, capture_stream(self._fixed_input.device)),
             resident_weights(codes),
