@@ -139,7 +139,7 @@ def test_train_and_generate(text: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["generate", str(out), "", "--device", "cpu"]) == 2
     assert "at least one token" in capsys.readouterr().err
     assert cli.main(["generate", str(tmp_path), "The river"]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert "holds no model" in capsys.readouterr().err
     assert cli.main(train) == 2
     assert "already holds a run" in capsys.readouterr().err
 

@@ -206,13 +206,35 @@ def test_eval(run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "other.txt, held-out part" in capsys.readouterr().out
     text.write_text(text.read_text() + "\n\nOne line more.\n")
     for words, message in (
-        ([str(tmp_path)], "holds no checkpoint"),
+        ([str(tmp_path)], "holds no model"),
         ([str(run)], "has other tokens than before"),
         ([str(run), "--data", str(text), "--seq-len", "5000"], "seq_len must be 1..1024"),
         ([str(run), "--tokens", "-1"], "--tokens must be 0 or more"),
     ):
         assert cli.main(["eval", *words, "--device", "cpu"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_export(run: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "handed on"
+    assert cli.main(["export", str(run), str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "model.safetensors" in printed and f"bitnet-ext generate '{out}'" in printed
+    texts = []
+    for path in (run, out):
+        assert cli.main(["generate", str(path), "The river", "--device", "cpu", "--max-new-tokens", "6"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    losses = []
+    for path in (run, out):
+        words = ["eval", str(path), "--data", str(text), "--device", "cpu", "--seq-len", "16", "--json"]
+        assert cli.main(words) == 0
+        losses.append(json.loads(capsys.readouterr().out)["cross_entropy"])
+    assert losses[0] == losses[1]
+    assert cli.main(["eval", str(out), "--device", "cpu"]) == 2
+    assert "does not tell its text: name it with --data" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "nothing"), str(tmp_path / "x")]) == 2
+    assert "holds no model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -219,18 +219,19 @@ def test_interrupt_leaves_a_resumable_run(tmp_path: Path) -> None:
     assert lines(cut) == lines(whole)
 
 
-def test_interrupt_in_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt_in_process(number: signal.Signals, tmp_path: Path) -> None:
     trainer = Trainer(model(), CONFIG, stream(), run_dir=tmp_path, device="cpu")
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
 
     def interrupt(step: int, record: object) -> None:
         if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(0.01)
 
     with pytest.raises(TrainingInterrupted, match="can be resumed"):
         trainer.fit(on_progress=interrupt)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert read_checkpoint(tmp_path / "checkpoint").step in (4, 5)
 
 

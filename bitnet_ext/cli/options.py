@@ -11,12 +11,29 @@ from typing import Any
 from bitnet_ext.training.config import GROUPS, TrainConfig
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps a paragraph; a text of several lines, such as examples, stays as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text.strip():
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
+
+
 def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device",
         default="auto",
         metavar="DEVICE",
         help="auto (the first usable GPU, else the CPU), cpu, cuda or cuda:N (default auto)",
+    )
+
+
+def add_tokenizer(parser: argparse._ActionsContainer, default: str = "the run's own") -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="SPEC",
+        help=f"gpt2, the name of a tiktoken encoding, or the path of a tokenizer.json (default: {default})",
     )
 
 

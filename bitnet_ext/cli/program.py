@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a model on a text",
     "eval": "measure loss, perplexity and bits per byte of a model on a text",
     "generate": "continue a text with a trained model",
+    "export": "write a model into a folder to hand on",
     "collapse": "run the collapse experiments and write their report; diagnose a run",
 }
 
@@ -29,6 +30,7 @@ examples:
   bitnet-ext train --resume runs/first
   bitnet-ext eval runs/first
   bitnet-ext generate runs/first "The river"
+  bitnet-ext export runs/first my-model
   bitnet-ext collapse diagnose runs/first
 
 `bitnet-ext COMMAND --help` explains every option of a command.
@@ -52,15 +54,13 @@ def _run(words: Sequence[str]) -> int:
         prog="bitnet-ext",
         description="Train, understand and run ternary (BitNet b1.58) language models.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=options.HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"bitnet_ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in words if not word.startswith("-")), None)
     for name, words_of_help in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=words_of_help, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        command = commands.add_parser(name, help=words_of_help, formatter_class=options.HelpFormatter)
         if name == chosen:  # the others need not be read
             module = importlib.import_module(f"bitnet_ext.cli.{name}")
             module.add_arguments(command)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_ext.cli import output
-from bitnet_ext.cli.options import add_config_options, add_device, flag, given_config, in_flags
+from bitnet_ext.cli.options import add_config_options, add_device, add_tokenizer, flag, given_config, in_flags
 from bitnet_ext.models.config import PRESETS, QUANTIZATIONS
 from bitnet_ext.training.config import TrainConfig
 
@@ -63,11 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"text: wiki-leads, wikitext-2, or the path of a text file or folder (default {DEFAULT_DATA}); a 20th "
         "is held out",
     )
-    data.add_argument(
-        "--tokenizer",
-        metavar="SPEC",
-        help="gpt2, the name of a tiktoken encoding, or the path of a tokenizer.json (default gpt2)",
-    )
+    add_tokenizer(data, "gpt2")
     data.add_argument(
         "--document-masks",
         action="store_true",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitnet_ext import metrics
+from bitnet_ext._capture import places_of
 from bitnet_ext.inference import generate
 from bitnet_ext.metrics.generation import NEW_TOKENS
 from bitnet_ext.models import BitNetForCausalLM
@@ -34,15 +35,13 @@ _GROUPS = {
 }
 
 
-def _place(model: BitNetForCausalLM) -> object:
-    """Where a model's parameters and their gradients are: a captured measurement reads the same places again."""
-    places = [id(model)]
+def _place(model: BitNetForCausalLM, optimizer: Optimizer) -> object:
+    """Where all is that a captured measurement reads again: parameters, gradients, buffers and moments."""
+    tensors = [*model.parameters(), *model.buffers(), *optimizer.state().values()]
     for p in model.parameters():
-        parts = [p] if p.grad is None else [p, p.grad]
-        if p.grad is not None and p.grad.is_sparse:
-            parts = [p, p.grad._indices(), p.grad._values()]
-        places += [part.data_ptr() for part in parts]
-    return places
+        if p.grad is not None:
+            tensors += [p.grad._indices(), p.grad._values()] if p.grad.is_sparse else [p.grad]
+    return id(model), id(optimizer), places_of(tensors)
 
 
 class CollapseEvaluator:
@@ -110,7 +109,7 @@ class CollapseEvaluator:
         clip = 1.0 if config.grad_clip is None else min(1.0, config.grad_clip / (step.grad_norm + 1e-6))
         facts = [clip, step.weight_decay, 1 - config.beta1**step.step, 1 - config.beta2**step.step]
         self._facts.copy_(torch.tensor(facts))
-        place = _place(model)
+        place = _place(model, step.optimizer)
         if self._measured is None or self._measured[0] != place:
             self._measured = (place, metrics.Repeated(self.device))
         measured = self._measured[1].launch(lambda: self._measure(model, step.optimizer))

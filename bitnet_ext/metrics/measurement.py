@@ -95,6 +95,8 @@ class Repeated:
 
         Args:
             make: makes the measurement, from what is in the same tensors each time. Once captured it is not called.
+                A replay reads the addresses of the capture: whoever puts a tensor elsewhere begins with a new Repeated
+                (``_capture.places_of`` tells).
         """
         if self._device.type != "cuda" or not self._warm:
             self._warm = True  # libraries have made their workspaces

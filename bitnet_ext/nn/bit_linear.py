@@ -29,7 +29,7 @@ class BitLinear(nn.Module):
         backward: how the two products of the backward pass are computed, "exact" or "int8", see
             :func:`bitnet_ext.ops.bit_linear`; may be set at any time. Full precision has only the first.
 
-    The codes are kept until the weight changes (:class:`WeightCache`).
+    Each forward uses the weight as it is then. Within :func:`bitnet_ext.nn.frozen_weights` it is quantised only once.
 
     Shapes: input [..., K], output [..., N].
     """

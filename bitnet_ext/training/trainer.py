@@ -78,7 +78,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the step in progress was finished and a checkpoint written."""
+    """Ctrl-C, SIGTERM or SIGHUP: the step in progress was finished and a checkpoint written."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class Trainer:
 
         Raises:
             TrainingDivergedError: NaN or Inf in loss or gradient.
-            TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
+            TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
             FileExistsError: run_dir holds a run and resume is False.
             RunInUseError: another process trains into run_dir (an OSError).
             ValueError: on resume settings, model, text or tokenizer differ from the run's, or a checkpoint is damaged.
