@@ -143,7 +143,10 @@ def test_bitnet_ext_cuda_archs() -> None:
     facts = CUDA_TORCH | NVCC | {"VISIBLE_GPUS": "8.9"}
     other = {"TORCH_CUDA_ARCH_LIST": "8.0"}
     assert choose(facts, BITNET_EXT_CUDA_ARCHS="80-real, 90a-real", **other)[0] == "80-real;90a-real"
-    assert choose(facts, BITNET_EXT_CUDA_ARCHS="90", **other)[0] == "90"  # taken at its word
+    for archs, complete in (("80-real 90-real", False), ("90", False), ("90-real 90a-real", True)):
+        found, _, line = choose(facts, BITNET_EXT_CUDA_ARCHS=archs, **other)
+        assert found == archs.replace(" ", ";")  # taken at its word
+        assert ("kernels for Hopper are left out" in line) != complete
     assert choose(facts, BITNET_EXT_CUDA_ARCHS="all", **other)[:2] == (ALL, "BITNET_EXT_CUDA_ARCHS=all")
 
 
