@@ -25,7 +25,9 @@ _INSTALL = "install the package with `pip install .`"
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    candidates = (folder / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    # A module for one Python, beside one for all, is left over from a build before these were for all.
+    suffixes = sorted(EXTENSION_SUFFIXES, key=lambda suffix: suffix != ".abi3.so")
+    candidates = (folder / f"{name}{suffix}" for suffix in suffixes)
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from importlib import resources
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,13 @@ def test_modules_of_another_version_are_refused() -> None:
         ImportError, match=r"bitnet_ext \d.* found compiled modules of version 0\.0\.1 .*elsewhere"
     ):
         _load._check_version("0.0.1", Path("elsewhere"))
+
+
+def test_a_module_of_an_earlier_build_is_passed_over(tmp_path: Path) -> None:
+    for suffix in EXTENSION_SUFFIXES:
+        (tmp_path / f"_C{suffix}").touch()
+    assert ".abi3.so" in EXTENSION_SUFFIXES
+    assert _load._find(tmp_path, "_C") == tmp_path / "_C.abi3.so"
 
 
 def test_missing_modules_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
