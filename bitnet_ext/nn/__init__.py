@@ -2,6 +2,7 @@
 models.
 """
 
+from bitnet_ext.nn.attention import BitMultiheadAttention
 from bitnet_ext.nn.bit_linear import QUANTIZATIONS, BitLinear, set_backward
 from bitnet_ext.nn.convert import convert_linear, pack_model
 from bitnet_ext.nn.int8_linear import Int8Linear
@@ -12,6 +13,7 @@ from bitnet_ext.nn.weight_cache import WeightCache, resident_weights, weight_cac
 __all__ = [
     "QUANTIZATIONS",
     "BitLinear",
+    "BitMultiheadAttention",
     "Int8Linear",
     "PackedBitLinear",
     "RMSNorm",
