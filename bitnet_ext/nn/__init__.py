@@ -2,6 +2,7 @@
 models.
 """
 
+from bitnet_ext.nn.attention import BitMultiheadAttention
 from bitnet_ext.nn.bit_linear import QUANTIZATIONS, BitLinear, set_backward
 from bitnet_ext.nn.convert import convert_linear, pack_model
 from bitnet_ext.nn.int8_linear import Int8Linear
@@ -18,6 +19,7 @@ from bitnet_ext.nn.weight_cache import (
 __all__ = [
     "QUANTIZATIONS",
     "BitLinear",
+    "BitMultiheadAttention",
     "FrozenWeights",
     "Int8Linear",
     "PackedBitLinear",

@@ -93,20 +93,21 @@ class BitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gain = self.float_gain
+        weight = self.weight  # read once: a parametrised layer computes it
         if self.is_quantized:
             norm_eps = None if gain is None else self.norm_eps
             return ops.bit_linear(
                 x,
-                self.weight,
+                weight,
                 bias=self.float_bias,
                 norm_weight=gain,
                 norm_eps=norm_eps,
                 backward=self.backward_mode,
-                quantized=self.cache.get([self.weight]),
+                quantized=self.cache.get([weight]),
             )
         if gain is not None:
             x = ops.rms_norm(x, gain, self.norm_eps)
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:
         return (
