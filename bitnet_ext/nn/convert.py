@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 from torch import nn
 
 from bitnet_ext.nn.bit_linear import BitLinear
+from bitnet_ext.nn.convert_marker import mark_conversion
 from bitnet_ext.nn.int8_linear import Int8Linear
 from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
 
@@ -59,6 +60,7 @@ def convert_linear(
             f"convert_linear: model must hold an nn.Linear outside skip = {sorted(skipped)}, "
             f"{type(model).__name__} has none"
         )
+    mark_conversion(model)
     return model
 
 
@@ -101,6 +103,7 @@ def pack_model(model: ModuleT, *, inplace: bool = False, head: str = "keep") -> 
         )
     if head == "int8":
         model, _ = _replace(model, build_head)
+    mark_conversion(model)
     return model.requires_grad_(False).eval()
 
 
