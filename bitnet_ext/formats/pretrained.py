@@ -38,6 +38,7 @@ from bitnet_ext.formats.tensor_files import (
     TENSOR_FILE,
     TensorReader,
     check_files,
+    check_values,
     new_folder,
     read_json,
     write_json,
@@ -55,7 +56,6 @@ FORMS, HEADS = ("packed", "training"), ("keep", "int8")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ROTARY_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 _OWN_FILES = (CONFIG_FILE, TENSOR_FILE, INDEX_FILE, TOKENIZER_JSON, RECORD_FILE, "tokenizer_config.json")
-_CHECK_BYTES = 1 << 24  # of packed codes, looked at at a time
 
 
 def save_pretrained(
@@ -317,31 +317,21 @@ def _read_tensors(model: BitNetForCausalLM, reader: TensorReader, dtype: torch.d
     for prefix, names in modules.items():
         module = model.get_submodule(prefix)
         tensors = {name.rpartition(".")[2]: reader.get(name) for name in names}
-        _check_values(tensors, f"{reader.folder} is damaged: {prefix}")
+        check_values(tensors, f"{reader.folder} is damaged: {prefix}")
         module.load_state_dict(tensors, strict=False, assign=True)
         if dtype is not None:
             module.to(dtype)
 
 
-def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
-    packed, scale = tensors.get("packed"), tensors.get("weight_scale")
-    if packed is not None:
-        rows = max(1, _CHECK_BYTES // max(1, packed.shape[1]))
-        for part in packed.split(rows):
-            if bool((part & (part >> 1) & 0x55).any()):
-                raise FormatError(f"{where}.packed holds the code 3, accepted are 0, 1 and 2")
-    if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise FormatError(f"{where}.weight_scale holds a value that is not positive and finite")
-
-
 def _share(model: nn.Module, shared: Mapping[str, Any], where: object) -> None:
     """Makes the tensor of each further name the one of its first name."""
-    held = {"packed": "weight", "codes": "_weight"}  # the attribute that holds it
     for name, first in shared.items():
         try:
             (prefix, _, key), (first_prefix, _, first_key) = name.rpartition("."), str(first).rpartition(".")
-            value = getattr(model.get_submodule(first_prefix), held.get(first_key, first_key))
-            setattr(model.get_submodule(prefix), held.get(key, key), value)
+            module, holder = model.get_submodule(prefix), model.get_submodule(first_prefix)
+            if key in ("packed", "codes"):  # made from the weights in the device's form
+                key = first_key = next(iter(holder._non_persistent_buffers_set))
+            setattr(module, key, getattr(holder, first_key))
         except (AttributeError, TypeError) as error:
             raise FormatError(
                 f"{where} is damaged: {name} shares {first!r}, which the model lacks"

@@ -24,6 +24,7 @@ from bitnet_ext.formats.errors import FormatError, first_line
 TENSOR_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _STALE_SECONDS = 86_400
+_CHECK_BYTES = 1 << 24  # of packed codes, looked at at a time
 #: Names of dtypes in the header of a safetensors file.
 DTYPES = {
     "F64": torch.float64,
@@ -192,6 +193,18 @@ def check_files(folder: Path, files: Mapping[str, Any], *, hashes: bool) -> None
             raise FormatError(f"{path} is damaged: it has {size} bytes, {expected.get('bytes')} were written")
         if hashes and sha256(path) != expected.get("sha256"):
             raise FormatError(f"{path} is damaged: it does not match its sha256, it was changed")
+
+
+def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    """FormatError where a layer's ``packed`` holds the code 3, or its ``weight_scale`` no positive number."""
+    packed, scale = tensors.get("packed"), tensors.get("weight_scale")
+    if packed is not None:
+        rows = max(1, _CHECK_BYTES // max(1, packed.shape[1]))
+        for part in packed.split(rows):
+            if bool((part & (part >> 1) & 0x55).any()):
+                raise FormatError(f"{where}.packed holds the code 3, accepted are 0, 1 and 2")
+    if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise FormatError(f"{where}.weight_scale holds a value that is not positive and finite")
 
 
 def read_json(path: Path) -> dict[str, Any]:

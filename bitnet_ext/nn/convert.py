@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from bitnet_ext.nn import replace
 from bitnet_ext.nn.attention import BitMultiheadAttention
 from bitnet_ext.nn.bit_linear import QUANTIZATIONS, BitLinear
+from bitnet_ext.nn.convert_marker import mark_conversion
 from bitnet_ext.nn.int8_linear import Int8Linear
 from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
 from bitnet_ext.nn.weight_readers import check_readers, switch_off_fast_paths
@@ -122,6 +123,7 @@ def convert_linear(
     replace.apply(replacements)
     if quantization != "none":
         switch_off_fast_paths(model)
+    mark_conversion(model)
     return model
 
 
@@ -181,6 +183,7 @@ def pack_model(model: ModuleT, *, inplace: bool = False, head: str = "keep") -> 
         for module in [m for m in model.modules() if _is_tied(m)]:
             module.lm_head = Int8Linear.from_weight(cast(nn.Embedding, module.embed_tokens).weight)
     switch_off_fast_paths(model)
+    mark_conversion(model)
     return model.requires_grad_(False).eval()
 
 
