@@ -8,11 +8,9 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-import os
-
 from bitnet_ext import _threads
 
-_threads.bound_spinning(os.environ)  # before torch is imported
+_threads.bound_spinning()  # before torch is imported
 
 from bitnet_ext import _ops, ops  # noqa: E402
 from bitnet_ext._load import build_info  # noqa: E402

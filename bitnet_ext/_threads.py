@@ -9,6 +9,7 @@ shorter than a time slice.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Container, MutableMapping
 
@@ -19,11 +20,13 @@ BLOCK_MILLISECONDS = 1
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
-def bound_spinning(environment: MutableMapping[str, str], loaded: Container[str] = sys.modules) -> bool:
+def bound_spinning(
+    environment: MutableMapping[str, str] = os.environ, loaded: Container[str] = sys.modules
+) -> bool:
     """Sets the bound, for this process and those that it starts, unless the user has chosen or it is too late.
 
     Args:
-        environment: ``os.environ``.
+        environment: changed.
         loaded: names of loaded modules: the OpenMP library reads the variables once, when torch loads it.
 
     Returns:

@@ -216,8 +216,8 @@ Tensor probability_sums(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> predicted_rows_(const Tensor& logits,
-                                                                          int64_t V,
-                                                                          const Tensor& target) {
+                                                                           int64_t V,
+                                                                           const Tensor& target) {
   const char* op = "predicted_rows_";
   constexpr int64_t kSlice = 32;  // rows of one fp32 sum
   check_logits(op, logits, V);

@@ -218,13 +218,10 @@ void probability_sums(const float* logits,
 }
 
 // Three passes over a row while it is in the cache: its largest logit and mean; the sums of exp, of exp times
-// the shifted logit and of the squared distances from the mean, with exp left in the row; its share of the mass.
-void predicted_rows(float* logits,
-                    const int64_t* target,
-                    int64_t rows,
-                    int64_t V,
-                    int64_t stride,
-                    const PredictedRows& out) {
+// the shifted logit and of the squared distances from the mean, with exp left in the row; its share of the
+// mass.
+void predicted_rows(
+    float* logits, const int64_t* target, int64_t rows, int64_t V, int64_t stride, const PredictedRows& out) {
   const VecF none = splat(0.0f);
   for (int64_t j = 0; j < V; ++j) out.mass[j] = 0.0f;
   for (int64_t t = 0; t < rows; ++t) {
