@@ -329,6 +329,20 @@ def test_jobs_are_interleaved(device: str) -> None:
     assert log == ["a0", "b0", "a1", "a2", "c0", "c1"] and sorted(ended) == [0, 1, 1]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_weights_are_kept_on_request(text: Path, tmp_path: Path, keep: bool) -> None:
+    settings = {"steps": 2, "data": str(text), "model": "collapse-64", "eval_tokens": 62, "generation": False}
+    plan = StudyConfig(arms=("adamw",), **settings, keep_weights=keep)  # type: ignore[arg-type]
+    run_study(plan, tmp_path / "out", device="cpu", report=False)
+    run = tmp_path / "out" / "adamw" / "seed0"
+    assert [path.name for path in run.rglob("*.safetensors")] == ["model.safetensors"] * keep
+    assert not read_study(tmp_path / "out").unfinished
+    # What is kept may be changed on resume; the finished run stays as it is.
+    other = dataclasses.replace(plan, keep_weights=not keep)
+    run_study(other, tmp_path / "out", device="cpu", report=False, resume=True)
+    assert len(list(run.rglob("*.safetensors"))) == keep
+
+
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +360,9 @@ def test_share_of_coordinates_that_the_decay_dominates(device: str) -> None:
     )
     assert int(metrics.decay_dominates(metrics.DecayTerms(weight, 0.1, rows))) == expected
     assert int(metrics.decay_dominates(metrics.DecayTerms(weight, 0.0, rows))) == 0
+    # A direction that is the gradient: (m / 0.5) / (sqrt(v / 0.25) + eps) with v = 0.25 and m = g / 2.
+    adam = metrics.AdamDirection(gradient / 2, torch.full_like(gradient, 0.25), 0.5, 0.25, 1e-12)
+    assert int(metrics.decay_dominates(metrics.DecayTerms(weight, 0.1, adam))) == expected
     shares = metrics.decay_shares({"a": [terms], "b": [metrics.DecayTerms(weight, 0.0, rows)], "none": []})
     assert shares == {
         "decay_share": 4 / 12,

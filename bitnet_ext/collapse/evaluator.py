@@ -159,6 +159,7 @@ class CollapseEvaluator:
             if name not in self._before:
                 continue
             scale: Tensor | None = None
+            rival: Tensor | metrics.AdamDirection
             if config.decay_is_coupled:
                 if p.grad is None:
                     continue
@@ -167,9 +168,8 @@ class CollapseEvaluator:
             else:
                 if not isinstance(optimizer, FusedAdam) or name not in optimizer.exp_avg:
                     continue  # of Muon: no Adam step to compare with
-                m = optimizer.exp_avg[name] / correction1
-                v = optimizer.exp_avg_sq[name] / correction2
-                rival = m / (v.sqrt_() + config.eps)
+                m, v = optimizer.exp_avg[name], optimizer.exp_avg_sq[name]
+                rival = metrics.AdamDirection(m, v, correction1, correction2, config.eps)
             wd = decay if optimizer.decays[name] else 0.0
             terms = metrics.DecayTerms(self._before[name], wd, rival, scale)
             groups[_GROUPS[parameter_group(name, p)]].append(terms)

@@ -34,7 +34,7 @@ from bitnet_ext.training.distributed import World
 from bitnet_ext.training.run_lock import locked_run
 from bitnet_ext.training.together import MAX_SIDE_BY_SIDE
 
-#: What a run without settings does on a CPU: the arms that tell the story, in under ten minutes on two cores.
+#: What a run without settings does on a CPU: the arms that tell the story, in about four minutes on two cores.
 CPU_ARMS = ("standard-lr", "label-smoothing", "adamw", "fp-twin")
 CPU_STEPS = 400
 CPU_EVAL_TOKENS = 2048
@@ -68,6 +68,7 @@ class StudyConfig:
         scale: shortens (or lengthens) every run of the blocks, as a share of its steps: to try a study out.
         books: corpus name or path of the second, larger text, which block F needs.
         generation: whether text is generated and measured at the end of each run (half a minute a run on a CPU).
+        keep_weights: whether the final weights of each run stay in its folder; the report needs none.
     """
 
     arms: tuple[str, ...]
@@ -81,6 +82,7 @@ class StudyConfig:
     scale: float = 1.0
     books: str | None = None
     generation: bool = True
+    keep_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "seeds", "eval_tokens"):
@@ -149,7 +151,7 @@ class StudyConfig:
             self.eval_tokens,
             marks,
             generation=self.generation,
-            keep_model=not self.blocks,  # the hundreds of runs of the factorial study would fill a disk
+            keep_model=self.keep_weights,
         )
 
 
@@ -354,7 +356,7 @@ def _merge(config: StudyConfig, before: StudyConfig, folder: Path) -> StudyConfi
     """The study in the folder, with the arms, blocks and seeds that `config` adds."""
     for field in dataclasses.fields(StudyConfig):
         old, new = getattr(before, field.name), getattr(config, field.name)
-        if field.name not in ("arms", "seeds", "blocks", "books") and old != new:
+        if field.name not in ("arms", "seeds", "blocks", "books", "keep_weights") and old != new:
             raise ValueError(
                 f"--resume: {field.name} is {new!r}, but the study in {folder} has {old!r}; "
                 "only arms, blocks and seeds can be added"
@@ -369,6 +371,7 @@ def _merge(config: StudyConfig, before: StudyConfig, folder: Path) -> StudyConfi
         blocks=tuple(key for key in BLOCKS if key in {*before.blocks, *config.blocks}),
         seeds=max(before.seeds, config.seeds),
         books=before.books or config.books,
+        keep_weights=config.keep_weights,
     )
 
 

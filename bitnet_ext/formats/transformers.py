@@ -153,7 +153,7 @@ class _Slot(nn.Module):
 
     def layer(self, name: str) -> nn.Module:
         """The layer of the loaded tensors."""
-        tensors: dict[str, Tensor] = dict(self.named_buffers())
+        tensors: dict[str, Any] = dict(self.named_buffers())
         for key, value in tensors.items():
             if value.is_meta:
                 raise FormatError(f"the checkpoint is damaged: {name}.{key} is missing")
