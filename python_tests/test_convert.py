@@ -223,6 +223,29 @@ def test_subclasses_and_lazy_layers() -> None:
     assert of(convert_linear(lazy), BitLinear) == ["0"]
 
 
+class Halved(BitLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def test_packing_refuses_a_forward_that_it_would_lose() -> None:
+    model = nn.Sequential(BitLinear(4, 4), Halved(4, 4))
+    with pytest.raises(
+        ValueError, match="pack_model: 1 must be a BitLinear, got its subclass Halved with a forward"
+    ):
+        pack_model(model, inplace=True)
+    assert of(model, BitLinear) == ["0", "1"]
+
+
+def test_a_pruned_head_in_int8() -> None:
+    model = nn.ModuleDict({"body": BitLinear(8, 8), "lm_head": nn.Linear(8, 5)})
+    prune.l1_unstructured(model["lm_head"], "weight", 0.5)
+    head = pack_model(model, head="int8")["lm_head"]
+    assert torch.equal(head.codes == 0, model["lm_head"].weight_mask == 0)
+    assert set(head.state_dict()) == {"codes", "weight_scale", "bias"}
+    head(torch.randn(2, 8))
+
+
 class Conv1D(nn.Module):
     """Of the interface of transformers' layer of that name."""
 

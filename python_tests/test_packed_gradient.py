@@ -209,6 +209,21 @@ def test_lora_on_a_packed_model(settings: dict[str, object]) -> None:
     assert loss.item() < 0.9 * first
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    """The training operators with a stand-in for the latent weight, of which they read only the shape."""
+    torch.manual_seed(0)
+    layer = PackedBitLinear.from_bit_linear(BitLinear(37, 12, bias=True, norm=True).to(device))
+    x = torch.randn(2, 5, 2 * 37, device=device, requires_grad=True)
+    latent = x.new_empty((1, 1)).expand(12, 37)
+    weight = (layer._weight, layer.weight_scale.reshape(1), layer.bias, layer.norm_weight, 1e-5, True)
+    check = torch.library.opcheck
+    ends = (None, 0.0, torch.float32, "exact")
+    half = x[..., :37].detach().clone().requires_grad_()
+    check(torch.ops.bitnet_ext.bit_linear.default, (half, None, [latent], *weight, *ends))
+    check(torch.ops.bitnet_ext.glu_bit_linear.default, (x, latent, *weight, "relu2", torch.float32, "exact"))
+
+
 def test_no_graph_without_need() -> None:
     layer = PackedBitLinear.from_bit_linear(BitLinear(16, 8))
     x = torch.randn(2, 16)

@@ -61,6 +61,14 @@ def test_a_rounded_state_becomes_float32() -> None:
         model(torch.randn(2, 66))
 
 
+def test_a_state_of_the_training_form_is_told() -> None:
+    model, _ = model_and_state()
+    with pytest.raises(
+        RuntimeError, match=r"0\.weight is a weight of the training form; load it before pack_model"
+    ):
+        model.load_state_dict(nn.Sequential(BitLinear(66, 48, bias=True, norm=True)).state_dict())
+
+
 def test_bad_arguments() -> None:
     packed, scale = ops.quantize_pack_weight(torch.randn(6, 10))
     build = lambda **changed: PackedBitLinear(  # noqa: E731

@@ -156,16 +156,23 @@ def pack_model(model: ModuleT, *, inplace: bool = False, head: str = "keep") -> 
         )
     packed_weights: dict[nn.Parameter, PackedBitLinear] = {}
 
+    def check(name: str, module: nn.Module) -> None:
+        replace.check_forward("pack_model", name, module)
+        replace.check_computed("pack_model", name, module)
+
     def build(names: list[str], module: nn.Module) -> nn.Module | None:
         if isinstance(module, BitLinear) and module.is_quantized:
-            replace.check_forward("pack_model", names[0], module)
-            replace.check_computed("pack_model", names[0], module)
+            cls = _class_of(module)
+            if cls.forward is not BitLinear.forward:
+                raise ValueError(
+                    f"pack_model: {names[0] or cls.__name__} must be a BitLinear, got its subclass {cls.__name__} "
+                    "with a forward of its own, which the packed layer would not have"
+                )
+            check(names[0], module)
             return _pack(module, packed_weights)
         if head == "int8" and _is_head(names, module):
-            replace.check_forward("pack_model", names[0], module)
-            new = Int8Linear.from_linear(cast(nn.Linear, module))
-            replace.carry_over(module, new)
-            return new
+            check(names[0], module)
+            return _pack_head(cast(nn.Linear, module))
         return None
 
     if not inplace:
@@ -224,11 +231,26 @@ def _pack(layer: BitLinear, known: dict[nn.Parameter, PackedBitLinear]) -> Packe
         new = PackedBitLinear.from_bit_linear(layer)
         same = known.setdefault(layer.weight, new)
         new._weight, new.weight_scale = same._weight, same.weight_scale
-    own = {name for kind in (layer._parameters, layer._buffers, layer._modules) for name in kind}
-    replace.carry_over(layer, new, leave=(*_TRAINING_ONLY, *(own if computed else ())))
-    if computed:
-        replace.drop_computing_hooks(layer, new)
+    _carry_over(layer, new, computed)
     return new
+
+
+@torch.no_grad()
+def _pack_head(layer: nn.Linear) -> Int8Linear:
+    computed = replace.is_computed(layer)
+    if computed:
+        replace.refresh_computed(layer)
+    new = Int8Linear.from_linear(layer)
+    _carry_over(layer, new, computed)
+    return new
+
+
+def _carry_over(old: nn.Module, new: nn.Module, computed: bool) -> None:
+    """What stays of a layer that is packed; not from what its weight was computed."""
+    own = {name for kind in (old._parameters, old._buffers, old._modules) for name in kind}
+    replace.carry_over(old, new, leave=(*_TRAINING_ONLY, *(own if computed else ())))
+    if computed:
+        replace.drop_computing_hooks(old, new)
 
 
 def _is_head(names: list[str], module: nn.Module) -> bool:

@@ -74,7 +74,7 @@ def norm_linear(
 
     packed = [m for m in layers if isinstance(m, PackedBitLinear) and m.norm_weight is None]
     if len(packed) == len(layers):
-        if needs_gradient(x, delta, gain, *(m.bias for m in packed)):
+        if torch.is_grad_enabled() and needs_gradient(x, delta, gain, *(m.bias for m in packed)):
             total = total if delta is None else (x + delta).to(x.dtype)
             read = x if delta is None else total
             return [m.trainable(read, gain, eps) for m in packed], total
@@ -112,7 +112,7 @@ def glu_linear(parts: Sequence[Tensor], activation: Activation, layer: nn.Module
         )
     gate, up = parts[0].chunk(2, dim=-1) if len(parts) == 1 else parts
     if isinstance(layer, PackedBitLinear):
-        if needs_gradient(gate, up, layer.bias, layer.norm_weight):
+        if torch.is_grad_enabled() and needs_gradient(gate, up, layer.bias, layer.norm_weight):
             return layer.trainable_glu(side_by_side(parts), activation)
         gain = layer.norm_weight
         x_i8, act_scale = ops.glu_quantize(gate, up, activation, gain, layer.norm_eps, gain is not None)

@@ -172,7 +172,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out_dtype = served_dtype(x.device, x.dtype)
-        if needs_gradient(x, self.bias):
+        if torch.is_grad_enabled() and needs_gradient(x, self.bias):
             return int8_linear(
                 x,
                 self._weight,

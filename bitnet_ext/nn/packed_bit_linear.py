@@ -176,6 +176,10 @@ class PackedBitLinear(nn.Module):
                     prefix + "weight_scale", scale, len(self.segments), self.out_features, shapes=False
                 )
             )
+        if strict and codes is None and prefix + "weight" in state_dict:
+            faults.append(
+                f"{prefix}weight is a weight of the training form; load it before pack_model, which packs it"
+            )
         if any(faults):
             error_msgs.extend(fault for fault in faults if fault is not None)
             return
@@ -198,7 +202,7 @@ class PackedBitLinear(nn.Module):
             self._weight.copy_(self._device_form(packed))
 
     def forward(self, x: Tensor) -> Tensor:
-        if needs_gradient(x, self.bias, self.norm_weight):
+        if torch.is_grad_enabled() and needs_gradient(x, self.bias, self.norm_weight):
             return self.trainable(x, self.norm_weight, self.norm_eps)
         if self.norm_weight is not None:
             x_i8, act_scale, _ = ops.rms_norm_quantize(x, self.norm_weight, self.norm_eps)

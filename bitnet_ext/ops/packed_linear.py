@@ -23,8 +23,8 @@ _SLAB_WEIGHTS = 64 << 20
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed from any of these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd, where it is on, records what is computed from any of these tensors."""
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def served_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
