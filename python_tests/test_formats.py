@@ -267,10 +267,19 @@ Q = "layers.0.attention.q_proj"
     [
         (lambda f: shutil.rmtree(f), "holds no model: there is no such folder"),
         (lambda f: (f / "config.json").unlink(), "holds no model: it has no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot read .*config.json"),
-        (lambda f: (f / "config.json").write_text("[" * 100_000), "cannot read .*config.json"),
-        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "cannot read .*config.json"),
-        (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object, it holds list"),
+        (
+            lambda f: (f / "config.json").write_text("{"),
+            r"config\.json is damaged: it must hold settings as a JSON object",
+        ),
+        (
+            lambda f: (f / "config.json").write_text("[" * 100_000),
+            r"config\.json is damaged: it must hold settings as a JSON object",
+        ),
+        (
+            lambda f: (f / "config.json").write_bytes(b"\xff\xfe"),
+            r"config\.json is damaged: it must hold settings as a JSON object",
+        ),
+        (lambda f: (f / "config.json").write_text("[]"), r"as a JSON object \(it holds list\)"),
         (lambda f: (f / "config.json").write_text("{}"), "is not of the format 'bitnet_ext'"),
         (
             lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
@@ -454,6 +463,24 @@ def test_a_failed_write_keeps_what_was_there(
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(KeyboardInterrupt if fault == "interrupt" else OSError, match=r"cannot write|"):
+        save_pretrained(build("training"), folder)
+    assert os.listdir(tmp_path) == ["model"]
+    assert torch.equal(logits(from_pretrained(folder)), logits(model))
+
+
+def test_a_failed_rename_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    model = build()
+    save_pretrained(model, folder)
+    rename = os.rename
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(target) == folder and Path(source).suffix == ".tmp":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match=r"cannot write the model to .*: Input/output error"):
         save_pretrained(build("training"), folder)
     assert os.listdir(tmp_path) == ["model"]
     assert torch.equal(logits(from_pretrained(folder)), logits(model))

@@ -17,7 +17,7 @@ from bitnet_ext.formats.pretrained import from_pretrained, is_pretrained, read_c
 from bitnet_ext.formats.tensor_files import read_json
 from bitnet_ext.models import BitNetForCausalLM
 from bitnet_ext.nn import PackedBitLinear, pack_model
-from bitnet_ext.training.checkpoint import latest_checkpoint
+from bitnet_ext.training.checkpoint import CheckpointError, read_state, resolve_checkpoint
 from bitnet_ext.training.checkpoint import load_model as load_checkpoint
 
 #: GPT-2's vocabulary, also padded to a multiple of 64: what a checkpoint without a record of its tokenizer has.
@@ -113,30 +113,21 @@ def export(
 
 
 def _checkpoint_folder(path: Path) -> Path:
-    """The folder with state.json that a path means."""
-    if (path / "state.json").is_file():
-        return path
-    for folder in (path, path / "checkpoint"):
-        newest = latest_checkpoint(folder)
-        if newest is not None:
-            return newest
-    if not path.is_dir():
-        raise FormatError(f"{path} holds no model: there is no such folder")
-    config = path / "config.json"
-    if config.is_file() and "model_type" in read_json(config):
-        read_config(path)  # says which program's model it is
-    raise FormatError(
-        f"{path} holds no model: accepted are the folder of a run, of checkpoints (with latest.json), of one "
-        "checkpoint (with state.json), and one that save_pretrained wrote (with config.json)"
-    )
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    path = folder / "state.json"
-    if not path.is_file():
-        return {}
-    state = read_json(path).get("state")
-    return state if isinstance(state, dict) else {}
+    """The checkpoint's folder that a path means."""
+    try:
+        return resolve_checkpoint(path)
+    except CheckpointError as error:
+        if any((folder / "latest.json").exists() for folder in (path, path / "checkpoint")):
+            raise
+        config = path / "config.json"
+        if config.is_file() and "model_type" in read_json(config):
+            read_config(path)  # says which program's model it is
+        if not path.is_dir():
+            raise FormatError(f"{path} holds no model: there is no such folder") from error
+        raise FormatError(
+            f"{path} holds no model: accepted are the folder of a run, of checkpoints (with latest.json), of one "
+            "checkpoint (with state.json), and one that save_pretrained wrote (with config.json)"
+        ) from error
 
 
 def _tokenizer(folder: Path, vocab_size: int, given: Any) -> Tokenizer | None:
@@ -146,7 +137,7 @@ def _tokenizer(folder: Path, vocab_size: int, given: Any) -> Tokenizer | None:
     elif (folder / RECORD_FILE).is_file():
         found = _unless_object(folder / RECORD_FILE)
     elif (folder / "state.json").is_file():
-        source = _state(folder).get("source")
+        source = read_state(folder)["state"].get("source")
         record = source.get("tokenizer") if isinstance(source, dict) else None
         if record is not None:
             is_object = isinstance(record, dict) and record.get("kind") == "object"
@@ -173,8 +164,9 @@ def _origin(run: Path) -> dict[str, Any]:
     if is_pretrained(run):
         return dict(read_config(run).get("about") or {})
     folder = _checkpoint_folder(run)
-    about: dict[str, Any] = {"step": read_json(folder / "state.json").get("step")}
-    source = _state(folder).get("source")
+    content = read_state(folder)
+    about: dict[str, Any] = {"step": content["step"]}
+    source = content["state"].get("source")
     if isinstance(source, dict):
         about["source"] = {key: source[key] for key in _TOLD if key in source}
     return about

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from bitnet_ext import _files as files
 from bitnet_ext.formats.errors import FormatError, first_line
 
 TENSOR_FILE = "model.safetensors"
@@ -146,7 +147,7 @@ class TensorReader:
         if not path.exists():
             return None
         weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(map(_is_plain_name, weight_map.values())):
+        if not isinstance(weight_map, dict) or not all(map(files.is_plain_name, weight_map.values())):
             raise FormatError(f"{path} is damaged: weight_map must give a file of the folder for each tensor")
         return weight_map
 
@@ -180,10 +181,10 @@ class TensorReader:
                 )
 
 
-def check_files(folder: Path, files: Mapping[str, Any], *, hashes: bool) -> None:
+def check_files(folder: Path, written: Mapping[str, Any], *, hashes: bool) -> None:
     """FormatError where a file is missing, or of another size or (with `hashes`) content than was written."""
-    for name, expected in files.items():
-        if not _is_plain_name(name) or not isinstance(expected, dict):
+    for name, expected in written.items():
+        if not files.is_plain_name(name) or not isinstance(expected, dict):
             raise FormatError(f"{folder} is damaged: its config.json names the file {name!r}")
         path = folder / name
         if not path.is_file():
@@ -210,20 +211,14 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; FormatError when it is something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return files.read_json(path, "settings", FormatError)
+    except OSError as error:
         raise FormatError(f"cannot read {path}: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} is damaged: it must hold a JSON object, it holds {type(content).__name__}")
-    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, synced."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    files.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def sha256(path: Path) -> str:
@@ -233,11 +228,6 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _is_plain_name(name: object) -> bool:
-    """Whether `name` names a file of the folder itself."""
-    return isinstance(name, str) and bool(name) and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
 def _sync(path: Path) -> None:
@@ -256,7 +246,6 @@ def new_folder(final: Path, known: Iterable[str]) -> Iterator[Path]:
         FileExistsError: `final` is a file, or holds other files.
         OSError: the folder cannot be written.
     """
-
     final = Path(os.path.abspath(final))
     if final.exists() and not final.is_dir():
         raise FileExistsError(f"{final} is a file: give the name of a folder")
@@ -270,7 +259,7 @@ def new_folder(final: Path, known: Iterable[str]) -> Iterator[Path]:
             if left.stat().st_mtime < time.time() - _STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
-    temporary, old = (final.with_name(f".{final.name}.{mark}{end}.tmp") for end in ("", ".old"))
+    temporary, old = (final.with_name(f".{final.name}.{mark}.{end}") for end in ("tmp", "old"))
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -283,9 +272,10 @@ def new_folder(final: Path, known: Iterable[str]) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, final)
             raise
+        files.sync_folder(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise OSError(f"cannot write the model to {final}: {reason}; nothing was left behind") from error
     finally:
-        for path in (temporary, old):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
