@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bitnet_ext import __version__
 from bitnet_ext.cli import options, output
@@ -65,7 +65,7 @@ def _run(words: Sequence[str]) -> int:
             module = importlib.import_module(f"bitnet_ext.cli.{name}")
             module.add_arguments(command)
     args = parser.parse_args(words)
-    as_usual, warnings.formatwarning = warnings.formatwarning, _warning_line
+    as_usual, warnings.formatwarning = warnings.formatwarning, _warning_line(chosen == "train")
     try:
         status: int = module.run(args)
         return status
@@ -87,5 +87,10 @@ def _run(words: Sequence[str]) -> int:
         warnings.formatwarning = as_usual
 
 
-def _warning_line(message: Warning | str, *place: object, **more: object) -> str:
-    return f"warning: {options.in_flags(str(message))}\n"
+def _warning_line(flags: bool) -> Callable[..., str]:
+    """How a warning is printed: in one line, with the options' names for those of TrainConfig's fields."""
+
+    def line(message: Warning | str, *place: object, **more: object) -> str:
+        return f"warning: {options.in_flags(str(message)) if flags else message}\n"
+
+    return line

@@ -141,7 +141,10 @@ def _train(args: argparse.Namespace, out: Path, resuming: bool) -> int:
         device=args.device,
         init_from=args.init_from,
     )
-    again = f"bitnet-ext train --resume {shlex.quote(str(out))}"
+    program = "bitnet-ext"
+    if trainer.world.size > 1:
+        program = f"torchrun --nproc-per-node {trainer.world.size} -m bitnet_ext.cli"
+    again = f"{program} train --resume {shlex.quote(str(out))}"
     if args.device != "auto":
         again += f" --device {args.device}"
     try:

@@ -17,7 +17,8 @@ class HeldOutLoss:
     """An :class:`Evaluator` that asks how well the model predicts a held-out text.
 
     Its results are ``heldout_cross_entropy``, ``heldout_perplexity`` and, with a tokenizer,
-    ``heldout_bits_per_byte``, as of :func:`bitnet_ext.metrics.evaluate` with the run's seq_len.
+    ``heldout_bits_per_byte``, as of :func:`bitnet_ext.metrics.evaluate` with the run's seq_len. Under torchrun each
+    process measures the same tokens.
 
     Args:
         tokens: held-out ids, one dimension.
