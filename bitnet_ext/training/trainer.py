@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitnet_ext._threads import warn_of_spinning
 from bitnet_ext.data.sampling import Order, RowSampler
 from bitnet_ext.metrics.perplexity import Decoder
 from bitnet_ext.models import BitNetForCausalLM
@@ -288,6 +289,8 @@ class Trainer:
     def _advance(
         self, resume: bool, on_progress: Callable[[int, dict[str, Any]], None] | None
     ) -> Iterator[None]:
+        if self.device.type == "cpu":
+            warn_of_spinning(torch.get_num_threads())
         keep_bytes = self._restore() if resume else self._refuse_existing()
         wait_for_all(self.world)  # everyone has looked before the first process writes
         if self.run_dir is not None and self.world.is_main:
