@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
+
+import bitnet_ext  # noqa: F401, I001 - before torch, whose idle threads then sleep instead of spinning
 import torch
 
 

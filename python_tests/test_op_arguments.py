@@ -135,12 +135,18 @@ def _samples() -> dict[str, dict[str, Any]]:
             "chunk_bytes": 1000,
         },
         "pack_ternary": {"codes": codes},
-        "padded_columns": {"V": V},
+        "logits_buffer": {"rows": T, "V": V, "dtype": torch.float32, "device": "cpu"},
+        "logits_in": {
+            "buffer": ops.logits_buffer(T, V, dtype=torch.float32, device="cpu"),
+            "hidden": make(T, 8),
+            "head": make(V, 8),
+        },
+        "predicted_rows_": {"logits": make(T, 64), "V": V, "target": target},
         "predict_rows": {
             "hidden": make(T, 8),
             "head": make(V, 8),
             "target": target,
-            "buffer": torch.zeros(T, 64),
+            "buffer": ops.logits_buffer(T, V, dtype=torch.float32, device="cpu"),
         },
         "predicts_rows": {"hidden": make(T, 8)},
         "prefers_skinny_mm": {"product": "nt", "T": 16, "H": 32},
@@ -177,7 +183,7 @@ def _samples() -> dict[str, dict[str, Any]]:
 
 
 SAMPLES = _samples()
-GPU_ONLY = {"exact_grads_small", "predict_rows"}
+GPU_ONLY = {"exact_grads_small"}
 
 
 def _copy(value: Any) -> Any:

@@ -54,6 +54,16 @@ def float_dtype(op: str, name: str, value: torch.dtype) -> None:
         raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {describe(value)}")
 
 
+def device(op: str, name: str, value: torch.device | str) -> None:
+    """Raises TypeError or ValueError unless `value` is a torch.device or names one, as "cuda:0" does."""
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{op}: {name} must be a torch.device or its name, got {describe(value)}")
+    try:
+        torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{op}: {name} must name a device, such as cpu or cuda:0, got {value!r}") from error
+
+
 def sequence(op: str, name: str, value: Sequence[object], *, of: str = "tensor") -> None:
     """Raises ValueError unless `value` is a list or tuple of at least one element."""
     if not isinstance(value, (list, tuple)) or len(value) == 0:
