@@ -6,7 +6,9 @@ import os
 
 import pytest
 
-import bitnet_ext  # noqa: F401, I001 - before torch, whose idle threads then sleep instead of spinning
+import bitnet_ext  # noqa: F401 - before torch, whose idle threads then sleep instead of spinning
+
+# isort: split
 import torch
 
 
