@@ -99,6 +99,8 @@ def test_another_dtype_is_that_of_a_cast(form: str, tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "model")
     loaded = from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     cast = copy.deepcopy(model).to(torch.bfloat16)
+    cast.cos, cast.sin = model.cos, model.sin  # not parameters: they stay exact
+    assert loaded.cos.dtype == torch.float32 and torch.equal(loaded.cos, model.cos)
     assert torch.equal(logits(loaded), logits(cast))
     assert {n: v.dtype for n, v in loaded.state_dict().items()} == {
         n: v.dtype for n, v in cast.state_dict().items()

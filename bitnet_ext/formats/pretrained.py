@@ -137,8 +137,8 @@ def from_pretrained(
     Args:
         folder: of the model.
         device: of the model.
-        dtype: of the parameters, as by ``model.to(dtype)``; packed layers and an int8 head keep what they have. None:
-            as saved.
+        dtype: of the parameters; packed layers, an int8 head and the rotary table keep what they have. None: as
+            saved.
         verify: also compares each file's sha256 (about a second per GB).
 
     Raises:
@@ -162,9 +162,7 @@ def from_pretrained(
         _check_tensors(model, reader, config["shared"])
         _read_tensors(model, reader, dtype)
     rotary = _ROTARY_DTYPES[config["rotary_dtype"]]
-    model.cos, model.sin = (
-        table.to(rotary).to(device, dtype or rotary) for table in rotary_table(model.config)
-    )
+    model.cos, model.sin = (table.to(device, rotary) for table in rotary_table(model.config))
     _share(model, config["shared"], folder)
     return (model.requires_grad_(False) if config["form"] == "packed" else model).eval()
 
