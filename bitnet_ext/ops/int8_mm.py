@@ -59,6 +59,11 @@ def unprepack_int8(prepacked: Tensor, N: int, K: int) -> Tensor:
     _checks.at_least_one(op, "N", N, "out_features")
     _checks.at_least_one(op, "K", K, "in_features")
     _check_prepacked(op, "prepacked", prepacked, N, K)
+    return unprepacked_int8(prepacked, N, K)
+
+
+def unprepacked_int8(prepacked: Tensor, N: int, K: int) -> Tensor:
+    """:func:`unprepack_int8` without the checks, which a compiled backward pass cannot trace."""
     rows, cols = prepacked.shape[:2]
     ordered = prepacked.contiguous().view(torch.int8).reshape(rows, cols, 4, 8, 4, 2, 2, 4)
     padded = ordered.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(rows * 16, cols * 128)

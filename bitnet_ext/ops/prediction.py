@@ -111,7 +111,8 @@ def predicted_rows_(logits: Tensor, V: int, target: Tensor) -> PredictedRows:
     threads changes nothing; on a GPU all are float32.
 
     Args:
-        logits: [T, S] contiguous, float32 or on a GPU bfloat16, with the vocabulary in the first V columns.
+        logits: [T, S] contiguous, float32 or on a GPU bfloat16, with the vocabulary in the first V columns; on a GPU
+            rows start at multiples of 16 bytes, as those of a :func:`logits_buffer` do.
         target: int64 [T], below V.
     """
     op = "predicted_rows_"
