@@ -117,12 +117,7 @@ def predicted_rows_(logits: Tensor, V: int, target: Tensor) -> PredictedRows:
     """
     op = "predicted_rows_"
     _checks.tensor(op, "logits", logits, dtypes=_checks.FLOATS, dim=2)
-    _checks.integer(op, "V", V, minimum=1)
-    if logits.shape[1] < V or not logits.is_contiguous():
-        raise ValueError(
-            f"{op}: logits must be contiguous with at least V = {V} columns, "
-            f"got shape {tuple(logits.shape)} with strides {logits.stride()}"
-        )
+    _checks.integer(op, "V", V)
     _checks.tensor(op, "target", target, dtypes=(torch.int64,), dim=1)
     _checks.shape(op, "target", target, logits.shape[:1], "one a row of logits")
     _checks.same_device(op, "target", target, "logits", logits)
