@@ -26,7 +26,9 @@ def _count(module: nn.Module, *inputs: torch.Tensor) -> int:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backward", ["exact", "int8"])
 def test_a_layer_counts_as_linear(device: str, backward: str) -> None:
-    x = torch.randn(2, 64, 64, device=device, requires_grad=True)  # 128 tokens: whole stages of the int8 kernels
+    x = torch.randn(
+        2, 64, 64, device=device, requires_grad=True
+    )  # 128 tokens: whole stages of the int8 kernels
     plain = _count(nn.Linear(64, 48, device=device), x)
     assert plain == 3 * 2 * 128 * 64 * 48
     if device == "meta" and backward == "int8":
