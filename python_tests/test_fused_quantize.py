@@ -313,7 +313,7 @@ x23 = torch.ones(2, 3)
         (lambda: glu_quantize(x23, x23.bfloat16(), "relu2"), TypeError, "up must be of dtype float32"),
         (lambda: glu_quantize(x23, x23[:, :2], "relu2"), ValueError, r"up must have shape \(2, 3\)"),
         (lambda: glu_quantize(x23, x23, "gelu"), ValueError, "activation must be relu2 or silu, got 'gelu'"),
-        (lambda: glu_quantize(x23, x23, "silu", eps=float("nan")), ValueError, "eps must be >= 0, got nan"),
+        (lambda: glu_quantize(x23, x23, "silu", eps=float("nan")), ValueError, "eps must be finite, got nan"),
         (
             lambda: glu_quantize(x23, x23, "silu", torch.ones(3), normalize=False),
             ValueError,

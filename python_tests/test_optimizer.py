@@ -458,7 +458,7 @@ def test_bad_arguments_of_an_update_beside() -> None:
     hyper, one = torch.ones(4), torch.ones(())
     lists = [[torch.ones(9, 4)] for _ in range(4)]
     slots = ops.row_slots(torch.tensor([1, 5]), 9)
-    with pytest.raises(RuntimeError, match="num_blocks must be >= 0; got -1"):
+    with pytest.raises(ValueError, match="num_blocks must be >= 0, got -1"):
         ops.adam_step_(*lists, hyper, one, decoupled=True, num_blocks=-1)
     with pytest.raises(RuntimeError, match="num_blocks must be 0 with slots; got 1"):
         ops.adam_step_(*lists, hyper, one, decoupled=True, slots=slots, row_param=0, num_blocks=1)
@@ -497,7 +497,7 @@ def test_bad_arguments_of_rows_that_wait() -> None:
         ({"hyper": torch.ones(1, 3)}, r"hyper must have shape \[S, 4 or more\] with S >= 1; got \[1, 3\]"),
         ({"grad_scales": [torch.ones(())] * 2}, "grad_scales must be one for each of 1 grads; got 2"),
         ({"ids": ids}, "ids must have"),
-        ({"ids": None, "num_blocks": -1}, "num_blocks must be >= 0; got -1"),
+        ({"ids": None, "num_blocks": -1}, "num_blocks must be >= 0, got -1"),
     ):
         with pytest.raises((RuntimeError, ValueError), match=match):
             ops.adam_rows_(**{**good, **bad}, decoupled=True)

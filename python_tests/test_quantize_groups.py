@@ -124,7 +124,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"weights\[1\] must be of dtype float32"):
         ops.quantize_weights([w, w.half()])
     good = ops.quantize_weights([w])
-    with pytest.raises(ValueError, match="one entry for each of 1 groups"):
+    with pytest.raises(ValueError, match="targets must be a list of at least one QuantizedWeight"):
         ops.quantize_weight_groups_([[w]], [])
     with pytest.raises(RuntimeError, match=r"packed\[0\] must have shape \[8, 2\]; got \[4, 2\]"):
         ops.quantize_weight_groups_([[w, w]], [good])

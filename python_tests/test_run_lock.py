@@ -120,12 +120,15 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
     read_end, write_end = os.pipe()
+    ready_read, ready_write = os.pipe()
     child = os.fork()
     if child == 0:
         lock.release()  # not the child's: nothing happens
+        os.write(ready_write, b"x")
         os.read(read_end, 1)
         os._exit(0)
     try:
+        os.read(ready_read, 1)  # until then the child may still hold the file that it got by the fork
         with pytest.raises(RunInUseError):
             RunLock(tmp_path).acquire()
         os.close(lock._handle)  # type: ignore[arg-type]  (as the kernel does when the process is killed)
@@ -134,8 +137,8 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     finally:
         os.write(write_end, b"x")
         os.waitpid(child, 0)
-        os.close(read_end)
-        os.close(write_end)
+        for end in (read_end, write_end, ready_read, ready_write):
+            os.close(end)
 
 
 def test_a_nameless_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

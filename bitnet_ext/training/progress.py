@@ -66,8 +66,10 @@ class Progress(Callback):
         step = int(record["step"])
         if self._bar is not None:
             self._describe()
-            rate = self._bar.format_dict["rate"]
-            if rate and (self._bar.ncols or 0) >= _WIDE:
+            # tqdm has no rate before it has drawn twice.
+            average = (step - self._first_step) / max(time.monotonic() - self._started, 1e-9)
+            rate = self._bar.format_dict["rate"] or average
+            if (self._bar.ncols or 0) >= _WIDE:
                 tokens = amount(rate * trainer.config.tokens_per_step)
                 self._bar.set_postfix_str(f"{rate:.3g} steps/s, {tokens} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
