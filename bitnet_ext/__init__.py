@@ -6,11 +6,18 @@ Layers, each importing only from those after it: ``collapse`` (experiments), ``t
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+import sys
+from typing import TYPE_CHECKING
 
-from bitnet_ext import _ops, ops
-from bitnet_ext._load import build_info
+from bitnet_ext._lazy import lazy_names
+
+__version__ = "0.1.0"
 
 __all__ = ["__version__", "build_info", "ops"]
 
-_ops.register()
+__getattr__ = lazy_names(__name__, {"ops": (), "_load": ("build_info",)})
+
+if TYPE_CHECKING or "bitnet_ext_cli" not in sys.modules:
+    # Registers torch.ops.bitnet_ext. The program `bitnet-ext` does so when it needs them: it answers --help first.
+    from bitnet_ext import ops
+    from bitnet_ext._load import build_info

@@ -31,11 +31,12 @@ DASH = "\N{EN DASH}"
 def test_table_of_the_report(tmp_path: Path) -> None:
     arms = {"standard-lr": [rows_of(DYING)], "adamw": [rows_of(HEALTHY)]}
     table = comparison_table(write_study(tmp_path, arms))
-    assert table.columns[:6] == [
-        "Training", "Tokens @ 1k", "Tokens @ 4k", "Loss @ 1k", "Loss @ 4k", "Recovery?"
+    assert table.columns == [
+        "Training", "Held-out CE", "Alive?", "Context use",
+        "Tokens @ 1k", "Tokens @ 4k", "Loss @ 1k", "Loss @ 4k", "Recovery?",
     ]  # fmt: skip
-    assert table.rows[0] == ["standard-lr", "14", "14", "10.72", "10.72", "yes", "10.82", "0.00", "no"]
-    assert table.rows[1][5:] == ["no", "6.40", "0.85", "yes"]
+    assert table.rows[0] == ["standard-lr", "10.82", "no", "0.00", "14", "14", "10.72", "10.72", "yes"]
+    assert table.rows[1][1:4] + table.rows[1][8:] == ["6.40", "yes", "0.85", "no"]
     lines = table.text().splitlines()
     assert len({len(line) for line in lines[:2]}) == 1 and lines[2].startswith("standard-lr")
     markdown = table.markdown().splitlines()
@@ -52,7 +53,7 @@ def test_milestones_fit_the_run(tmp_path: Path, last: int, expected: list[int]) 
     study = write_study(tmp_path, {"adamw": [rows_of(HEALTHY, steps=steps)]}, steps=last)
     assert milestones(study) == expected
     if last == 400:
-        assert comparison_table(study).columns[1:3] == ["Tokens @ 100", "Tokens @ 400"]
+        assert comparison_table(study).columns[4:6] == ["Tokens @ 100", "Tokens @ 400"]
 
 
 def test_table_over_seeds_and_unfinished_runs(tmp_path: Path) -> None:
@@ -63,11 +64,11 @@ def test_table_over_seeds_and_unfinished_runs(tmp_path: Path) -> None:
     table = comparison_table(write_study(tmp_path, arms))
     adamw, twin = table.rows
     assert (
-        adamw[6] == f"7.94 (6.40{DASH}10.82)"
-        and adamw[8] == "yes 2/3, no 1/3"
-        and adamw[5] == "no 2/3, yes 1/3"
+        adamw[1] == f"7.94 (6.40{DASH}10.82)"
+        and adamw[2] == "yes 2/3, no 1/3"
+        and adamw[8] == "no 2/3, yes 1/3"
     )
-    assert twin[2] == "4 @ 400", "a shorter arm says which step it is"
+    assert twin[5] == "4 @ 400", "a shorter arm says which step it is"
     assert f"<br><small>(6.40{DASH}10.82)</small>" in table.html()
     notes = " ".join(table.notes)
     assert "fp-twin seed 0 (at step 400 of 4,000), fp-twin seed 1 (no evaluation yet)" in notes
@@ -91,8 +92,11 @@ def test_figures(tmp_path: Path) -> None:
     ]  # fmt: skip
     axis = figures["heldout_loss"].axes[0]
     assert axis.get_xscale() == "log" and axis.get_xlabel() == "step"
-    labels = [note.get_text() for note in axis.texts]
-    assert labels == ["unigram, 7.25", "uniform, ln V = 10.82"]
+    assert not axis.texts, "words over the curves hide them"
+    labels = [entry.get_text() for entry in figures["heldout_loss"].legends[0].get_texts()]
+    assert labels == ["standard-lr", "fp-twin", "uniform, ln V = 10.82", "unigram (word counts), 7.25"]
+    markers = [line.get_marker() for line in axis.lines if line.get_linewidth() > 1]
+    assert len(set(markers) - {"None"}) == 2, "curves that coincide differ in their markers"
     shown = {handle.get_label() for handle in figures["ternary"].legends[0].legend_handles}
     assert "standard-lr" in shown
     paths = write_figures(study, tmp_path / "figures")

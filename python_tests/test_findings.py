@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,28 @@ from comparison_studies import (
     HEALTHY,
     OVERCONFIDENT,
     PEAKED,
+    STEPS,
     WORD_COUNTS,
     Course,
+    Row,
     rows_of,
+    write_run,
     write_study,
 )
 
 from bitnet_ext.collapse.arms import ARMS
+from bitnet_ext.collapse.diagnose.diagnosis import diagnose
+from bitnet_ext.collapse.diagnose.inputs import read_case
 from bitnet_ext.collapse.pages.comparison import render_report
+from bitnet_ext.collapse.pages.comparison_table import comparison_table
 from bitnet_ext.collapse.pages.figures.comparison import arm_styles, draw_figures
-from bitnet_ext.collapse.results.status import STATUS
+from bitnet_ext.collapse.results import read_study
+from bitnet_ext.collapse.results.status import STATUS, arm_status
 from bitnet_ext.collapse.verdicts.contrasts import CONTRASTS, contrast_findings
 from bitnet_ext.collapse.verdicts.findings import arm_findings
 from bitnet_ext.collapse.verdicts.summary import summary_findings
+from bitnet_ext.models import preset
+from bitnet_ext.training import TrainConfig
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -196,3 +206,86 @@ def test_summary_of_healthy_arms_speaks_of_no_collapse(tmp_path: Path) -> None:
 def test_contrasts_name_registered_arms() -> None:
     assert {name for contrast in CONTRASTS for name in (contrast.base, contrast.other)} <= set(ARMS)
     assert set(ARMS) <= set(arm_styles(list(ARMS)))
+
+
+# --- too early -------------------------------------------------------------------------------------------
+
+
+def _short(folder: Path, arm: str, course: Course, warmup_steps: int) -> list[Row]:
+    """Rows of a run of 100 steps, and its config.json with a warm-up."""
+    rows = rows_of(course, steps=(1, 10, 50, 100))
+    write_run(folder, arm, 0, rows, warmup_steps=warmup_steps)
+    return rows
+
+
+SLOW: Course = {1: (10.99, 10.67, 0.15, 20, 1.0), 100: (10.2, 10.6, 0.05, 4, 1.0)}
+
+
+def test_a_comparison_within_the_warm_up_concludes_nothing(tmp_path: Path) -> None:
+    write_study(tmp_path, {"standard-lr": [], "adamw": []}, steps=100)
+    for arm, course in (("standard-lr", SLOW), ("adamw", {**SLOW, 100: (9.3, 10.3, 0.09, 12, 1.0)})):
+        _short(tmp_path, arm, course, warmup_steps=375)
+    study = read_study(tmp_path)
+    found = summary_findings(study)
+    assert found[0].kind == "too-early" and "All arms are too short" in found[0].text
+    assert "rises until step 375, and the last evaluation is at step 100" in found[0].text
+    assert not kinds(found) & {"ranking-against", "ranking-agrees", "ranking-mixed", "highest-count-dead"}
+    assert kinds(contrast_findings(study)) == {"contrast-too-early"}
+    assert not kinds(arm_findings(study, "adamw")) & {
+        "tokens-fell-collapse",
+        "over-confident",
+        "under-confident",
+    }
+    assert [row[2] for row in comparison_table(study).rows] == ["too early", "too early"]
+    page = render_report(study)
+    assert page.count('class="badge early"') == 2 and 'class="badge bad"' not in page
+
+
+def test_arms_that_are_too_short_stay_out_of_a_comparison(tmp_path: Path) -> None:
+    arms = {"standard-lr": [rows_of(DYING)], "adamw": [rows_of(HEALTHY)], "no-decay": []}
+    write_study(tmp_path, arms)
+    _short(tmp_path, "no-decay", SLOW, warmup_steps=375)
+    found = summary_findings(read_study(tmp_path))
+    assert (
+        found[0].kind == "too-early"
+        and "1 of 3 arms are too short for a conclusion (no-decay)" in found[0].text
+    )
+    (ranking,) = (finding for finding in found if finding.kind.startswith("ranking"))
+    assert ranking.text.startswith("Of 1 pair of arms")
+
+
+# --- one verdict for one run -------------------------------------------------------------------------------
+
+#: Kinds of a diagnosis that agree with a report's status; "none" is no finding.
+AGREEING = {
+    "warmup": {"warm-up"},
+    "early": {"unigram-stage", "decay-death"},  # decay that acts is told before it has done its work
+    "untrained": {"frozen", "diverged"},
+    "unigram": {"unigram-stage"},
+    "collapsed": {"collapsed", "decay-death", "diverged", "uniform-output"},
+    "failing": {"collapsed", "decay-death", "diverged", "uniform-output"},
+    "uniform": {"decay-death", "uniform-output"},
+    "overconfident": {"over-confidence", "diverged"},
+    "learning": {"none", "unigram-stage"},
+    "alive": {"none", "over-confidence"},  # it predicts well, and may be too sure of it
+}
+
+
+@pytest.mark.parametrize("warmup_steps", [10, 375])
+@pytest.mark.parametrize("last", [100, 400, 1000, 4000])
+@pytest.mark.parametrize("course", [DYING, HEALTHY, WORD_COUNTS, OVERCONFIDENT, PEAKED, SLOW])
+def test_report_and_diagnose_agree(tmp_path: Path, course: Course, last: int, warmup_steps: int) -> None:
+    write_study(tmp_path, {"standard-lr": []}, steps=last)
+    rows = rows_of(course, steps=tuple(step for step in STEPS if step <= last))
+    rows = [row | {"latent_mean_abs": 0.03 + 1e-6 * row["step"]} for row in rows]  # what trains moves
+    settings = TrainConfig(
+        steps=last, optimizer="adam_l2", weight_decay=0.1, decay_norms=True, warmup_steps=warmup_steps
+    )
+    folder = write_run(tmp_path, "standard-lr", 0, rows)
+    content = json.loads((folder / "config.json").read_text())
+    content |= {"model": preset("collapse-256").to_dict(), "train": settings.to_dict()}
+    (folder / "config.json").write_text(json.dumps(content))
+    status = arm_status(read_study(tmp_path), "standard-lr")
+    found = diagnose(read_case(folder))
+    assert found.status == status and status is not None
+    assert found.kind in AGREEING[status], (status, found.findings)

@@ -45,7 +45,7 @@ def _text(length: int, seed: int) -> Any:
 
 def _corpus() -> Corpus:
     return Corpus(
-        "chain", "made", "a Markov chain", _text(30_000, 1), _text(9_000, 2), 1, 1, V, "none", "0" * 64
+        "chain", "made", "a Markov chain", _text(30_000, 1), _text(9_000, 2), 1, 1, V, None, "0" * 64
     )
 
 
@@ -192,6 +192,12 @@ def test_bigram_is_a_distribution_made_of_counts() -> None:
     assert token_counts(tokens, 4)[3] == 0
     with pytest.raises(ValueError, match="prior must be > 0"):
         bigram_predictor(tokens, unigram, "cpu", prior=0.0)
+    # Arrays or tensors; ids beyond the vocabulary would be taken for other pairs.
+    other = bigram_predictor(torch.from_numpy(tokens.astype(np.int64)), unigram.numpy(), "cpu", prior=2.0)
+    again = other.session(4, 1)
+    assert again is not None and torch.equal(again(torch.arange(4)[:, None]).double().exp(), p)
+    with pytest.raises(ValueError, match="tokens holds the id 5"):
+        bigram_predictor(np.array([0, 5, 1]), unigram, "cpu")
 
 
 def test_files_and_table(report: InstrumentReport, tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def test_frequency_bins() -> None:
     log_probs = torch.tensor([0.05, 0.3, 0.25, 0.2, 0.15, 0.03, 0.02], dtype=torch.float64).log()
     # In order: 0.3 and 0.25 reach 0.5; 0.2 and 0.15 reach 0.9; the rest is the tail.
     assert metrics.frequency_bins(log_probs).tolist() == [2, 0, 0, 1, 1, 2, 2]
+    assert metrics.frequency_bins(log_probs.numpy()).tolist() == [2, 0, 0, 1, 1, 2, 2]
     half = torch.full((4,), 0.25, dtype=torch.float64).log()
     assert metrics.frequency_bins(half).tolist() == [0, 0, 1, 1]  # equal frequencies: the lower id first
 
@@ -234,6 +235,11 @@ def test_evaluate_heldout_equals_all_logits(device: str) -> None:
     expected = direct(logits.reshape(-1, V), rows[:, 1:].reshape(-1), log_probs)
     for key, value in expected.items():
         assert result[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    # What `unigram_log_probs` gives is taken as it is.
+    same = metrics.evaluate_heldout(
+        model, tokens, log_probs.numpy(), seq_len=16, max_tokens=500, batch_rows=7, device=device
+    )
+    assert same == result
 
 
 def test_evaluation_mode_is_restored_after_an_error() -> None:

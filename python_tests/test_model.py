@@ -265,7 +265,7 @@ def test_bad_names_and_inputs() -> None:
         preset("bitnet-9000b")
     with pytest.raises(ValueError, match="unknown fields"):
         preset("collapse-64", widht=3)
-    with pytest.raises(ValueError, match="unknown keys"):
+    with pytest.raises(ValueError, match="unknown fields"):
         BitNetConfig.from_dict({"depth": 3})
     model = BitNetForCausalLM(GROUPED, seed=0)
     with pytest.raises(ValueError, match="input_ids must be int64"):

@@ -22,7 +22,7 @@ import torch
 
 import bitnet_ext
 from bitnet_ext import _load, cli
-from bitnet_ext.data.tokenizer import VOCAB_BPE_SHA256
+from bitnet_ext.data.gpt2 import VOCAB_BPE_SHA256
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(_load._compiled.glob("_*.so"))

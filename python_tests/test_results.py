@@ -135,7 +135,8 @@ def test_setting_changes(tmp_path: Path) -> None:
             {"mutual_information": 0.1, "heldout_cross_entropy": 7.76, "final_gain_mean_abs": 0.09},
             "collapsed",
         ),
-        ({"mutual_information": 0.1, "heldout_cross_entropy": 9, "predictive_entropy": 10.3}, "collapsed"),
+        # A new network's output is nearly uniform: an entropy that stayed so is no failure while the loss falls.
+        ({"mutual_information": 0.1, "heldout_cross_entropy": 9, "predictive_entropy": 10.3}, "early"),
         ({"mutual_information": 0.1, "heldout_cross_entropy": 10.7}, "untrained"),
         ({"heldout_cross_entropy": LN_V - 0.019, "predictive_entropy": LN_V - 0.019}, "uniform"),
         ({"heldout_cross_entropy": LN_V - 0.03, "predictive_entropy": LN_V - 0.019}, "untrained"),
@@ -162,6 +163,44 @@ def test_a_slow_start_is_not_a_collapse(losses: list[float], status: str) -> Non
     rows = rows_of(WORD_COUNTS, steps=(1, 100, 600, 1000))
     for row, loss in zip(rows, losses, strict=True):
         row |= {"heldout_cross_entropy": loss, "predictive_entropy": 8.0, "mutual_information": 0.05}
+    assert classify(rows, LN_V) == status
+
+
+@pytest.mark.parametrize(
+    ("losses", "gain", "warmup", "status"),
+    [
+        ([10.99, 10.9, 10.8, 10.75], 1.0, 1000, "warmup"),  # barely trained, were it past its warm-up
+        ([10.99, 9.5, 9.0, 8.0], 1.0, 1000, "warmup"),  # falling
+        ([10.99, 8.6, 8.2, 8.15], 1.0, 1000, "warmup"),  # stands still, at a rate that still rises
+        ([10.99, 8.6, 8.2, 8.15], 1.0, 999, "collapsed"),
+        ([10.99, 8.6, 8.2, 8.15], 0.05, 1000, "collapsed"),  # a vanished gain is a failure at any step
+        ([10.99, 8.6, 7.9, 7.5], 1.0, 1000, "unigram"),
+    ],
+)
+def test_warm_up_comes_before_a_verdict(losses: list[float], gain: float, warmup: int, status: str) -> None:
+    rows = rows_of(WORD_COUNTS, steps=(1, 100, 600, 1000))
+    for row, loss in zip(rows, losses, strict=True):
+        row |= {"heldout_cross_entropy": loss, "predictive_entropy": 8.0, "mutual_information": 0.05}
+    rows[-1] |= {"final_gain_mean_abs": gain}
+    assert classify(rows, LN_V, warmup) == status
+
+
+@pytest.mark.parametrize(
+    ("first_gain", "losses", "status"),
+    [
+        (
+            1.0,
+            [10.99, 10.6, 10.0, 9.4],
+            "early",
+        ),  # a new network's output is nearly uniform while its loss falls
+        (0.5, [10.99, 10.6, 10.0, 9.4], "collapsed"),  # a run that goes on from another one began elsewhere
+    ],
+)
+def test_a_nearly_uniform_output(first_gain: float, losses: list[float], status: str) -> None:
+    rows = rows_of(WORD_COUNTS, steps=(1, 100, 600, 1000))
+    for row, loss in zip(rows, losses, strict=True):
+        row |= {"heldout_cross_entropy": loss, "predictive_entropy": 10.5, "mutual_information": 0.05}
+        row |= {"final_gain_mean_abs": first_gain}
     assert classify(rows, LN_V) == status
 
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitnet_ext.data.corpora import Corpus
 from bitnet_ext.data.sampling import RowSampler
-from bitnet_ext.data.statistics import token_counts, unigram_log_probs
+from bitnet_ext.data.statistics import as_token_array, token_counts, unigram_log_probs
 from bitnet_ext.data.token_file import TokenFile, TokenFileWriter
 
 STREAM = np.arange(10_000, dtype=np.uint16)
+CORPUS = Corpus("made", "here", "numbers", STREAM, STREAM[:100], 1, 1, 10_000, None, "0" * 64)
 
 
 def test_sequential_is_the_stream_in_order() -> None:
@@ -141,7 +144,11 @@ def test_no_steps_is_an_empty_block() -> None:
         ({"rank": -1}, ValueError, "rank is -1"),
         ({"order": "random"}, ValueError, "order is 'random', accepted are 'sequential' and 'shuffled'"),
         ({"seed": -1}, ValueError, "seed is -1, accepted is 0"),
-        ({"tokens": [1, 2, 3]}, TypeError, "tokens is list, accepted is a one-dimensional numpy array"),
+        ({"tokens": [1, 2, 3]}, ValueError, "tokens holds 3 tokens, a row of seq_len 31 needs at least 32"),
+        ({"tokens": "a text"}, TypeError, r"tokens is str, accepted are token ids: load_corpus\(path\)"),
+        ({"tokens": None}, TypeError, "tokens is NoneType, accepted are token ids"),
+        ({"tokens": [[1], [1, 2]]}, TypeError, "tokens is no row of integers"),
+        ({"tokens": CORPUS}, TypeError, r"tokens is a Corpus, which has two streams: give its \.train"),
         ({"tokens": np.zeros(99)}, TypeError, r"tokens is float64 \[99\], accepted"),
         ({"tokens": np.zeros((9, 9), int)}, TypeError, r"tokens is int64 \[9, 9\], accepted"),
     ],
@@ -168,6 +175,56 @@ def test_unigram_log_probs() -> None:
     np.testing.assert_allclose(unigram_log_probs(tokens[:0], 4), np.log(0.25))
 
 
+@pytest.mark.parametrize("kind", ["list", "tensor", "uint16", "memory map"])
+def test_tokens_of_every_kind(kind: str, tmp_path: Path) -> None:
+    ids = [3, 1, 2, 1, 0, 3, 3, 2]
+    tokens: Any = {"list": ids, "tensor": torch.tensor(ids), "uint16": np.array(ids, np.uint16)}.get(kind)
+    if kind == "memory map":
+        with TokenFileWriter(tmp_path / "a.tokens", vocab_size=4) as writer:
+            writer.append(ids)
+        tokens = TokenFile.open(tmp_path / "a.tokens").tokens
+    assert as_token_array(tokens).tolist() == ids
+    assert token_counts(tokens, 4).tolist() == [1, 2, 2, 3]
+    np.testing.assert_array_equal(unigram_log_probs(tokens, 5), unigram_log_probs(np.array(ids), 5))
+    batch = RowSampler(tokens, batch_size=1, seq_len=3).batch(1)
+    assert batch.dtype == np.int64 and batch.tolist() == [ids[4:]]
+
+
+def test_counts_are_not_taken_for_tokens() -> None:
+    tokens = np.random.default_rng(0).integers(0, 50, 1000).astype(np.uint16)
+    counts = token_counts(tokens, 60)
+    for taken in (counts, torch.from_numpy(counts)):
+        with pytest.raises(ValueError, match="exactly vocab_size = 60 int64 values, as token_counts gives"):
+            unigram_log_probs(taken, 60)
+        np.testing.assert_array_equal(unigram_log_probs(counts=taken), unigram_log_probs(tokens, 60))
+    # As many tokens as ids, in a form that no count has.
+    assert unigram_log_probs(np.arange(60, dtype=np.uint16), 60).shape == (60,)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({}, TypeError, "either train_tokens or counts"),
+        ({"train_tokens": [1], "counts": [1]}, TypeError, "either train_tokens or counts"),
+        ({"train_tokens": [1]}, TypeError, "needs vocab_size"),
+        ({"train_tokens": [0.5], "vocab_size": 3}, TypeError, "train_tokens is float64"),
+        ({"train_tokens": "text", "vocab_size": 3}, TypeError, "train_tokens is str"),
+        ({"train_tokens": CORPUS, "vocab_size": 10_000}, TypeError, "train_tokens is a Corpus"),
+        (
+            {"counts": [1, 2], "vocab_size": 3},
+            ValueError,
+            "counts has 2 values, accepted is one for each of 3",
+        ),
+        ({"counts": [1, -2]}, ValueError, "counts must hold a number >= 0"),
+        ({"counts": []}, ValueError, "counts must hold a number >= 0"),
+    ],
+)
+def test_what_the_unigram_refuses(kwargs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as told:
+        unigram_log_probs(**kwargs)
+    assert "\n" not in str(told.value)
+
+
 def test_counts_of_a_long_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.random.default_rng(0).integers(0, 100, 10_000).astype(np.uint16)
     monkeypatch.setattr("bitnet_ext.data.statistics._CHUNK", 999)
@@ -179,7 +236,6 @@ def test_counts_of_a_long_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (np.array([1, 5]), 5, 0.1, r"tokens holds the id 5, accepted are 0\.\.4"),
         (np.array([-1]), 5, 0.1, "tokens holds the id -1"),
-        (np.array([0.5]), 5, 0.1, "dtype float64, accepted is one dimension of integers"),
         (np.array([1]), 0, 0.1, "vocab_size is 0"),
         (np.array([1]), 5, 0.0, "add is 0.0, accepted is a positive finite number"),
         (np.array([1]), 5, float("nan"), "add is nan"),

@@ -9,6 +9,7 @@ import lzma
 import os
 import tracemalloc
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from bitnet_ext.data import token_file
+from bitnet_ext.data.gpt2 import END_OF_TEXT_ID, gpt2_tokenizer
 from bitnet_ext.data.text import CorpusError, Document, TextSource
 from bitnet_ext.data.token_file import (
     TokenFile,
@@ -24,7 +26,6 @@ from bitnet_ext.data.token_file import (
     default_cache_dir,
     tokenize_cached,
 )
-from bitnet_ext.data.tokenizer import END_OF_TEXT_ID, gpt2_tokenizer
 
 HEADER = 128
 
@@ -116,6 +117,45 @@ def test_damage_is_told_in_one_sentence(damage: Any, message: str, tmp_path: Pat
     with pytest.raises(TokenFileError, match=message) as error:
         TokenFile.open(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def rewrite_header(path: Path, offset: int, value: bytes) -> None:
+    """Other header content with a checksum that agrees."""
+    data = bytearray(path.read_bytes())
+    data[offset : offset + len(value)] = value
+    data[124:128] = zlib.crc32(bytes(data[:124])).to_bytes(4, "little")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (16, (5).to_bytes(8, "little"), "is damaged: it holds the id 96, its header gives vocab_size 5"),
+        (16, (96).to_bytes(8, "little"), "is damaged: it holds the id 96, its header gives vocab_size 96"),
+        (16, bytes(8), "is damaged: its header gives vocab_size 0"),
+        (16, (1 << 40).to_bytes(8, "little"), "is damaged: its header gives vocab_size 1099511627776"),
+        (16, (70_000).to_bytes(8, "little"), "vocab_size 70000 with ids of 2 bytes"),
+        (12, (4).to_bytes(4, "little"), r"is truncated: it has 134 bytes, its header announces 140"),
+        (24, (1 << 62).to_bytes(8, "little"), "is truncated: it has 134 bytes"),
+    ],
+)
+def test_content_that_contradicts_its_header(offset: int, value: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tokens"
+    write(path, [1, 96, 3], vocab_size=97)
+    rewrite_header(path, offset, value)
+    with pytest.raises(TokenFileError, match=message):
+        TokenFile.open(path)
+
+
+def test_the_largest_id_of_a_long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.tokens"
+    monkeypatch.setattr(token_file, "_CRC_BYTES", 1000)
+    ids = np.arange(5000) % 90
+    for place in (0, 499, 500, 4999):
+        write(path, np.where(np.arange(5000) == place, 95, ids), vocab_size=97)
+        rewrite_header(path, 16, (95).to_bytes(8, "little"))
+        with pytest.raises(TokenFileError, match="it holds the id 95"):
+            TokenFile.open(path)
 
 
 def test_verify_false_skips_only_the_tokens(tmp_path: Path) -> None:
@@ -236,6 +276,83 @@ def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert default_cache_dir() == Path("/xdg/bitnet_ext")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == tmp_path / ".cache" / "bitnet_ext"
+
+
+@pytest.mark.parametrize("variable", ["BITNET_EXT_CACHE", "XDG_CACHE_HOME"])
+def test_the_home_folder_in_the_name_of_the_cache(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BITNET_EXT_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(variable, "~/tokens")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    expected = tmp_path / "home" / "tokens" / ("" if variable == "BITNET_EXT_CACHE" else "bitnet_ext")
+    assert default_cache_dir() == expected
+    assert tokenize_cached("text.txt").path.parent == expected
+    assert tokenize_cached("text.txt", "~/other").path.parent == tmp_path / "home" / "other"
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("cache", [None, "~nobody-of-this-name/tokens"])
+def test_no_home_folder(cache: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_entry(*args: object) -> None:
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "BITNET_EXT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if cache is not None:
+        monkeypatch.setenv("BITNET_EXT_CACHE", cache)
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(OSError, match=r"needs a home folder .* set BITNET_EXT_CACHE to a folder") as error:
+        tokenize_cached(tmp_path / "text.txt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["file", "below a file", "no permission"])
+def test_a_cache_that_cannot_be_written(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    cache = tmp_path / "cache"
+    if place == "no permission":  # A simulation: the tests may run as a user who may do everything.
+
+        def refuse(self: Path, *args: object, **kwargs: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    else:
+        cache.write_text("in the way")
+        cache = cache / "deeper" if place == "below a file" else cache
+    monkeypatch.setenv("BITNET_EXT_CACHE", str(cache))
+    with pytest.raises(
+        OSError, match=r"cannot write the token file .*; set BITNET_EXT_CACHE to a folder"
+    ) as error:
+        tokenize_cached(tmp_path / "text.txt")
+    assert error.value.errno and "\n" not in str(error.value)
+
+
+def test_a_cached_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def refuse(path: Path, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(TokenFile, "open", refuse)
+    with pytest.raises(
+        OSError, match=r"cannot read the token file .*: Permission denied; set BITNET_EXT_CACHE"
+    ):
+        tokenize_cached(tmp_path / "text.txt", tmp_path / "cache")
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / f".{name}.1-ab.tmp" for name in ("a.tokens", "b.tokens", "c.tokens"))
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (1, 1))
+    for name in ("a.tokens", "b.tokens"):
+        write(tmp_path / name, [1])
+    assert (old.exists(), new.exists(), other.exists()) == (False, True, True)
 
 
 TEXT = "One line.\n\n  A second paragraph, indented;\nthe end of it.\n" * 50

@@ -16,14 +16,14 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_ext.data import tokenizer as tokenizer_module
-from bitnet_ext.data.tokenizer import (
+from bitnet_ext.data import gpt2 as tokenizer_module
+from bitnet_ext.data.cutting import encode_in_parts
+from bitnet_ext.data.gpt2 import (
     END_OF_TEXT,
     END_OF_TEXT_ID,
     GPT2_VOCAB_SIZE,
     VOCAB_BPE_SHA256,
     build_encoding,
-    encode_in_parts,
     gpt2_tokenizer,
     merge_ranks,
     packaged_merge_table,

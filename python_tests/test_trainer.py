@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint_module._write
+    real = checkpoint_module.write_file
     written: list[Path] = []
 
     def failing(path: Path, data: bytes) -> None:
@@ -281,7 +281,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
         written.append(path)
         real(path, data)
 
-    monkeypatch.setattr(checkpoint_module, "_write", failing)
+    monkeypatch.setattr(checkpoint_module, "write_file", failing)
     config = dataclasses.replace(CONFIG, checkpoint_interval=5)
     with pytest.raises(OSError, match=r"No space left on device.*the one before is kept"):
         Trainer(model(), config, stream(), run_dir=tmp_path, device="cpu").fit()

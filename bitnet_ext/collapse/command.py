@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from bitnet_ext.collapse.arms import ARMS
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL
@@ -19,9 +15,9 @@ from bitnet_ext.collapse.diagnose import command as diagnose_command
 from bitnet_ext.collapse.instrument import command as instrument_command
 from bitnet_ext.collapse.pages import write_pages
 from bitnet_ext.collapse.pages.comparison_table import comparison_table
+from bitnet_ext.collapse.progress import ProgressBars
 from bitnet_ext.collapse.results import Study, read_study
-from bitnet_ext.collapse.runs import Task
-from bitnet_ext.collapse.study import StudyConfig, config_from_json, default_config, run_study
+from bitnet_ext.collapse.study import StudyConfig, default_config, read_config, run_study
 from bitnet_ext.collapse.verdicts import verdicts
 from bitnet_ext.collapse.workers import StudyWorkerError
 from bitnet_ext.training import TrainingInterrupted
@@ -231,10 +227,7 @@ def _config(args: argparse.Namespace, out: Path) -> StudyConfig:
     base = default_config(resolve_device(args.device.split(",")[0]))
     settings = out / "study.json"
     if args.resume and settings.is_file():  # what is not said again is as it was
-        try:
-            base = config_from_json(json.loads(settings.read_text()))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{settings} is damaged: it must hold the study's config") from error
+        base = read_config(settings)
     given = {
         "arms": None if args.arms is None else tuple(args.arms),
         "steps": args.steps,
@@ -250,59 +243,3 @@ def _config(args: argparse.Namespace, out: Path) -> StudyConfig:
     if args.blocks is not None and args.arms is None and not base.blocks:
         given["arms"] = ()  # blocks instead of the arms that run when nothing is said
     return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
-
-
-class ProgressBars:
-    """A bar for the study (steps, runs, time left) and one for each run under way (steps, loss, unique tokens).
-
-    Args:
-        keep: whether the bars of finished runs stay in view, which suits one run after the other.
-    """
-
-    def __init__(self, keep: bool = True) -> None:
-        self._keep = keep
-        self._study: Any = None
-        self._bars: dict[str, Any] = {}
-        self._unique: dict[str, int] = {}
-        self._runs = self._done = 0
-
-    def study_started(self, runs: int, finished: int, steps: int) -> None:
-        self._runs, self._done = runs, finished
-        self._study = tqdm(
-            total=steps, unit="step", unit_scale=True, dynamic_ncols=True, mininterval=0.5, smoothing=0.05
-        )
-        self._describe()
-
-    def run_started(self, task: Task, step: int) -> None:
-        self._study.update(step - task.first_step)
-        self._bars[task.label] = tqdm(
-            total=task.steps,
-            initial=step,
-            desc=task.label,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5,
-            leave=self._keep,
-        )
-
-    def run_advanced(self, task: Task, step: int, record: dict[str, Any]) -> None:
-        bar = self._bars[task.label]
-        if record.get("unique_of_20") is not None:
-            self._unique[task.label] = record["unique_of_20"]
-        unique = f"{self._unique[task.label]}/20" if task.label in self._unique else "-"
-        bar.set_postfix_str(f"loss {record['loss']:.3f}, unique {unique}", refresh=False)
-        self._study.update(step - bar.n)
-        bar.update(step - bar.n)
-
-    def run_finished(self, task: Task) -> None:
-        bar = self._bars.pop(task.label, None)
-        if bar is not None:
-            bar.close()
-        if not task.is_stem:
-            self._done += 1
-        self._describe()
-        if self._done == self._runs:
-            self._study.close()
-
-    def _describe(self) -> None:
-        self._study.set_description(f"{self._done} of {self._runs} runs")

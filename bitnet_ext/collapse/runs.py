@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitnet_ext._files import write_text_atomic
 from bitnet_ext.collapse.arms import Arm, config_of
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
 from bitnet_ext.collapse.results import read_metrics
@@ -23,7 +24,7 @@ from bitnet_ext.data.corpora import Corpus, load_corpus
 from bitnet_ext.data.statistics import token_counts, unigram_log_probs
 from bitnet_ext.models import BitNetForCausalLM, preset
 from bitnet_ext.training import Trainer, TrainingDivergedError
-from bitnet_ext.training.checkpoint import Checkpoint, read_checkpoint, write_text_atomic
+from bitnet_ext.training.checkpoint import Checkpoint, read_checkpoint
 from bitnet_ext.training.trainer import ENDED
 
 #: Folder, inside the study's, of runs that only lead to the checkpoints which other runs go on from.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bitnet_ext import build_info
+from bitnet_ext._files import read_json, write_text_atomic
 from bitnet_ext.collapse.arms import ARMS, Arm, get_arm
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL, HEADLINE, HEADLINE_EXTRA, arms_of
 from bitnet_ext.collapse.pages import write_pages
@@ -28,7 +29,6 @@ from bitnet_ext.collapse.schedule import Progress, Schedule
 from bitnet_ext.collapse.workers import run_schedule
 from bitnet_ext.data.corpora import Corpus
 from bitnet_ext.models import preset
-from bitnet_ext.training.checkpoint import write_text_atomic
 from bitnet_ext.training.device import resolve_device
 from bitnet_ext.training.together import MAX_SIDE_BY_SIDE
 
@@ -208,7 +208,7 @@ def run_study(
             raise FileExistsError(
                 f"{out} already holds a study: continue it with --resume, or choose another --out"
             )
-        config = _merge(config, json.loads(settings_path.read_text()), settings_path)
+        config = _merge(config, read_config(settings_path), settings_path.parent)
     corpora = {
         task.data: corpus_of(task.data) for task in config.tasks()
     }  # tokenised before processes ask for them
@@ -253,7 +253,9 @@ class _Session:
         front: Progress,
     ) -> None:
         self._path = out / "sessions.jsonl"
-        self._before = self._path.read_text(encoding="utf-8") if self._path.is_file() else ""
+        self._before = (
+            self._path.read_text(encoding="utf-8", errors="replace") if self._path.is_file() else ""
+        )
         self._schedule, self._started = schedule, time.time()
         self._finished = len(schedule.finished)
         name = (
@@ -322,28 +324,24 @@ def _about(corpus: Corpus) -> dict[str, Any]:
     return {
         "name": corpus.name,
         "description": corpus.description,
-        "source": corpus.source,
+        "source": corpus.origin,
         "fingerprint": corpus.fingerprint,
         "train_tokens": len(corpus.train),
         "heldout_tokens": len(corpus.heldout),
     }
 
 
-def _merge(config: StudyConfig, saved: dict[str, Any], path: Path) -> StudyConfig:
+def _merge(config: StudyConfig, before: StudyConfig, folder: Path) -> StudyConfig:
     """The study in the folder, with the arms, blocks and seeds that `config` adds."""
-    try:
-        before = config_from_json(saved)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: it must hold the study's config") from error
     for field in dataclasses.fields(StudyConfig):
         old, new = getattr(before, field.name), getattr(config, field.name)
         if field.name not in ("arms", "seeds", "blocks", "books") and old != new:
             raise ValueError(
-                f"--resume: {field.name} is {new!r}, but the study in {path.parent} has {old!r}; "
+                f"--resume: {field.name} is {new!r}, but the study in {folder} has {old!r}; "
                 "only arms, blocks and seeds can be added"
             )
     if bool(before.blocks) != bool(config.blocks):
-        raise ValueError(f"--resume: the study in {path.parent} has {'' if before.blocks else 'no '}blocks")
+        raise ValueError(f"--resume: the study in {folder} has {'' if before.blocks else 'no '}blocks")
     if before.books is not None and config.books not in (None, before.books):
         raise ValueError(f"--resume: books is {config.books!r}, but the study has {before.books!r}")
     return dataclasses.replace(
@@ -356,7 +354,32 @@ def _merge(config: StudyConfig, saved: dict[str, Any], path: Path) -> StudyConfi
 
 
 def config_from_json(settings: dict[str, Any]) -> StudyConfig:
-    """The StudyConfig that study.json holds; KeyError, TypeError or ValueError when it is damaged."""
-    saved = settings["config"]
-    lists = {name: tuple(saved.get(name, ())) for name in ("arms", "eval_steps", "blocks")}
-    return StudyConfig(**{**saved, **lists})
+    """The StudyConfig that the content of a study.json holds.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    saved = settings.get("config")
+    if not isinstance(saved, dict):
+        raise ValueError(f"config must be a JSON object, got {type(saved).__name__}")
+    lists = {name: saved.get(name, []) for name in ("arms", "eval_steps", "blocks")}
+    for name, value in lists.items():
+        if not isinstance(value, list):
+            raise ValueError(f"config: {name} must be a list, got {type(value).__name__}")
+    try:
+        return StudyConfig(**{**saved, **{name: tuple(value) for name, value in lists.items()}})
+    except (TypeError, AttributeError, KeyError) as error:  # another type, or an unknown field
+        raise ValueError(f"config: {error}") from error
+
+
+def read_config(path: Path) -> StudyConfig:
+    """The StudyConfig that a study.json holds.
+
+    Raises:
+        ValueError: naming the file, when it is damaged.
+    """
+    settings = read_json(path, "the study's config")
+    try:
+        return config_from_json(settings)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it must hold the study's config ({error})") from error

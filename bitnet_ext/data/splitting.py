@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from bitnet_ext.data.text import CorpusError, Document, Lines, group_documents
 
 _MAX_BLOCK_CHARS = 16_384  # about 4,000 tokens: a seam between blocks is rare and a held-out block is long
+_CLOSE = math.log(2)  # a held-out share of half to twice the fraction is right
 
 
 class HeldOutSplit:
     """Divides a text into a training part and a held-out part that share no document.
 
-    With at least 2 / fraction documents, whole documents are held out; otherwise the text is cut into blocks
-    of whole lines, about 4 / fraction of them or more where there are enough lines. Of every 1 / fraction
-    documents (or blocks) the last is held out, so that the part is spread over the whole text. A repetition
-    of an earlier one goes where the first went, so that no text is on both sides. Deterministic: the text
-    and the fraction decide alone.
+    With at least 2 / fraction documents, whole documents are held out; otherwise, and where a few documents
+    are so long that no choice of them has about the right size, the text is cut into blocks of whole lines,
+    about 4 / fraction of them or more. Of every 1 / fraction documents (or blocks) the last is held out, so
+    that the part is spread over the whole text; where that gives less than half or more than twice the
+    fraction of the characters, the choice goes by characters. A repetition of an earlier one goes where the
+    first went, so that no text is on both sides. Deterministic: the text and the fraction decide alone.
 
     Args:
         name: names the corpus in messages.
@@ -60,31 +65,47 @@ class HeldOutSplit:
         num_documents, num_chars = _measure(self._lines())
         if num_documents == 0:
             raise CorpusError(f"corpus {self.name!r} is empty: it holds no text")
-        block_chars = None
-        if num_documents * self._fraction < 2:
-            block_chars = max(1, min(_MAX_BLOCK_CHARS, int(num_chars * self._fraction / 4)))
-
-        distinct: dict[bytes, int] = {}  # digest of a text -> its number among the distinct ones
-        numbers = array("Q")
-        sizes = array("Q")
-        for document in self._group(block_chars):
-            text = "\n".join(document.pieces).strip().encode("utf-8", "replace")
-            numbers.append(distinct.setdefault(hashlib.sha256(text).digest()[:16], len(distinct)))
-            sizes.append(document.num_chars)
-        if len(distinct) < 2:
-            unit = "document" if block_chars is None else "line"
+        plans = []
+        if num_documents * self._fraction >= 2:
+            plans.append(self._divide(None))
+        if not any(plan is not None and self._fits(plan) for plan in plans):
+            plans.append(self._divide(max(1, min(_MAX_BLOCK_CHARS, int(num_chars * self._fraction / 4)))))
+        found = [plan for plan in plans if plan is not None]
+        if not found:
+            unit = "document" if num_documents * self._fraction >= 2 else "line"
             raise CorpusError(
                 f"corpus {self.name!r} is too short to hold a part of it out: "
                 f"it has 1 distinct {unit}, accepted are 2 or more"
             )
-        chosen = {i for i in range(len(distinct)) if _is_held_out(i, self._fraction)} or {len(distinct) - 1}
+        return min(found, key=lambda plan: _misfit(plan.num_chars[1], sum(plan.num_chars), self._fraction))
+
+    def _fits(self, plan: _Plan) -> bool:
+        return _misfit(plan.num_chars[1], sum(plan.num_chars), self._fraction) <= _CLOSE
+
+    def _divide(self, block_chars: int | None) -> _Plan | None:
+        """The division into documents, or blocks; None when they are all the same."""
+        distinct: dict[bytes, int] = {}  # digest of a text -> its number among the distinct ones
+        numbers = array("Q")
+        sizes = array("Q")  # characters of each distinct text with its repetitions
+        for document in self._group(block_chars):
+            text = "\n".join(document.pieces).strip().encode("utf-8", "replace")
+            number = distinct.setdefault(hashlib.sha256(text).digest()[:16], len(distinct))
+            if number == len(sizes):
+                sizes.append(0)
+            sizes[number] += document.num_chars
+            numbers.append(number)
+        if len(distinct) < 2:
+            return None
+        chosen = _choose(sizes, self._fraction)
+        heldout_chars = sum(sizes[number] for number in chosen)
         held_out = bytes(number in chosen for number in numbers)
-        heldout_chars = sum(size for size, side in zip(sizes, held_out, strict=True) if side)
         return _Plan(block_chars, held_out, (sum(sizes) - heldout_chars, heldout_chars))
 
 
 def check_fraction(fraction: float) -> float:
     """`fraction` itself; ValueError unless it lies in (0, 0.5]."""
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float | np.number):
+        raise TypeError(f"heldout_fraction is {fraction!r}, accepted is a number in (0, 0.5]")
     if not 0.0 < fraction <= 0.5:
         raise ValueError(f"heldout_fraction is {fraction!r}, accepted is a number in (0, 0.5]")
     return fraction
@@ -94,6 +115,32 @@ class _Plan(NamedTuple):
     block_chars: int | None  # None: whole documents
     held_out: bytes  # 1 for each document or block that is held out, else 0
     num_chars: tuple[int, int]  # of the training part and of the held-out part
+
+
+def _choose(sizes: Sequence[int], fraction: float) -> set[int]:
+    """Which of two or more texts with these numbers of characters to hold out."""
+    by_count = {i for i in range(len(sizes)) if _is_held_out(i, fraction)}
+    by_chars, seen, held = set(), 0, 0
+    for i, size in enumerate(sizes):
+        seen += size
+        # Held out where that is nearer to the fraction of what was seen so far.
+        if fraction * seen - held >= size / 2:
+            by_chars.add(i)
+            held += size
+
+    def misfit(choice: set[int]) -> float:
+        return _misfit(sum(sizes[i] for i in choice), seen, fraction)
+
+    if by_count and misfit(by_count) <= _CLOSE:
+        return by_count
+    choices = [choice for choice in (by_count, by_chars) if 0 < len(choice) < len(sizes)]
+    return min(choices, key=misfit) if choices else {len(sizes) - 1}
+
+
+def _misfit(heldout_chars: int, num_chars: int, fraction: float) -> float:
+    """How far the held-out share is from the fraction: the |log| of the ratio of their odds."""
+    odds = max(heldout_chars, 1) / max(num_chars - heldout_chars, 1)
+    return abs(math.log(odds * (1 - fraction) / fraction))
 
 
 def _measure(lines: Lines) -> tuple[int, int]:

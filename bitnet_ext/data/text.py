@@ -1,7 +1,7 @@
 """Text as documents: reading files and cutting them into documents, or into blocks of lines.
 
 Everything streams: a text is read line by line, as often as needed, and at most one document (or two blocks)
-is held in memory.
+is held in memory. Lines of plain text that are longer than a million characters are read in parts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
-from bitnet_ext.data.tokenizer import END_OF_TEXT
+from bitnet_ext.data.cutting import cut_text, last_safe_cut
+from bitnet_ext.data.gpt2 import END_OF_TEXT
 
-# Lines of a text, with their line breaks; None ends a document.
+# Lines of a text (or parts of long lines), with their line breaks; None ends a document.
 Lines = Iterable["str | None"]
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -28,6 +29,9 @@ COMPRESSED_SUFFIXES = ("", ".gz", ".xz")
 # "= Title =": the first line of an article in WikiText; its sections are "= = Section = =".
 _WIKITEXT_TITLE = re.compile(r"= [^=].* =")
 _MAX_BLOCK_CHARS = 16_384  # about 4,000 tokens: a seam between blocks is rare, a held-out block is long
+_LINE_PART_CHARS = 1 << 20  # a longer line is read in parts
+_SHORT_LINE_CHARS = 256  # shorter lines are never cut, however small the blocks
+_SMALL_PART_CHARS = 64  # of a line that is cut
 
 
 class CorpusError(ValueError):
@@ -63,7 +67,7 @@ class TextSource:
 def text_file_source(path: str | os.PathLike[str]) -> TextSource:
     """One UTF-8 text file (plain, .gz or .xz), whole and unchanged; `<|endoftext|>` in it ends a document."""
     path = Path(path)
-    digest = hashlib.sha256(b"text file, rules 1\n" + file_sha256(path)).hexdigest()
+    digest = hashlib.sha256(b"text file, rules 2\n" + file_sha256(path)).hexdigest()
     return TextSource(
         path.name,
         digest,
@@ -107,7 +111,7 @@ def read_lines(paths: Iterable[Path], *, wikitext: bool = False) -> Iterator[str
                 if wikitext:
                     yield from split_articles(file)
                 else:
-                    yield from _split_at_marker(file)
+                    yield from _split_at_marker(_read_parts(file))
         except UnicodeDecodeError as error:
             raise CorpusError(
                 f"the text {path} is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
@@ -136,8 +140,8 @@ def group_documents(
     """Documents of a stream of lines; with `block_chars`, blocks of lines of about that many characters.
 
     Plain text is kept as it is, one piece a document; a block ends where a paragraph does (after four times
-    its size, at any line). WikiText is one piece a line, stripped, empty lines dropped. Documents of white
-    space only are dropped.
+    its size, at any line), and a line that is longer than that is cut between words. WikiText is one piece a
+    line, stripped, empty lines dropped. Documents of white space only are dropped.
     """
     current: list[str] = []
     before: list[str] | None = (
@@ -158,14 +162,23 @@ def group_documents(
             line = line.strip()
             if not line:
                 continue
-        if block_chars is not None and chars >= block_chars:
-            paragraph_ends = wikitext or (line.isspace() and not current[-1].isspace())
-            if paragraph_ends or chars >= 4 * block_chars:
-                if before is not None:
-                    yield _document(before, wikitext, ends=False)
-                current, before, chars = [], current, 0
-        current.append(line)
-        chars += len(line)
+        for number, part in enumerate(_cut_line(line, block_chars)):
+            if block_chars is not None and chars >= block_chars:
+                inside_line = number > 0 or not (wikitext or current[-1].endswith("\n"))
+                paragraph_ends = wikitext or inside_line or (part.isspace() and not current[-1].isspace())
+                if paragraph_ends or chars >= 4 * block_chars:
+                    if before is not None:
+                        yield _document(before, wikitext, ends=False)
+                    current, before, chars = [], current, 0
+            current.append(part)
+            chars += len(part)
+
+
+def _cut_line(line: str, block_chars: int | None) -> Iterable[str]:
+    """A line itself, or parts of about the size of a block where it is much longer than one."""
+    if block_chars is None or len(line) <= max(4 * block_chars, _SHORT_LINE_CHARS):
+        return (line,)
+    return cut_text(line, max(block_chars, _SMALL_PART_CHARS), patience=1)
 
 
 def _document(lines: list[str], wikitext: bool, *, ends: bool) -> Document:
@@ -180,6 +193,24 @@ def _open_text(path: Path) -> IO[str]:
     if suffix == ".xz":
         return cast(IO[str], lzma.open(path, "rt", encoding="utf-8-sig"))
     return open(path, encoding="utf-8-sig")
+
+
+def _read_parts(file: IO[str]) -> Iterator[str]:
+    """The lines of a file; a line of more than `_LINE_PART_CHARS` characters in parts, cut between words."""
+    rest = ""
+    while line := file.readline(_LINE_PART_CHARS):
+        line = rest + line
+        rest = ""
+        if not line.endswith("\n") and len(line) >= _LINE_PART_CHARS:
+            # Never inside a marker, which holds no space; without a space, before what may be the start of one.
+            cut = last_safe_cut(line, len(line) // 2, len(line))
+            if cut is None:
+                starts = (i for i in range(len(END_OF_TEXT) - 1, 0, -1) if line.endswith(END_OF_TEXT[:i]))
+                cut = len(line) - next(starts, 0)
+            line, rest = line[:cut], line[cut:]
+        yield line
+    if rest:
+        yield rest
 
 
 def _split_at_marker(lines: Iterable[str]) -> Iterator[str | None]:

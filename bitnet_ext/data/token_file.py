@@ -11,7 +11,7 @@ Layout (little endian): a header of 128 bytes, then the ids as uint16 (vocabular
         32     8  number of documents
         40    32  sha256 that stands for the source
         72    24  name of the tokeniser, padded with zero bytes
-        96    24  zero
+        96    24  first bytes of the tokeniser's fingerprint; zero where it is not known
        120     4  crc32 of the ids
        124     4  crc32 of the 124 bytes before
 
@@ -21,11 +21,13 @@ A file is written under a temporary name, synced and renamed: a reader sees a wh
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import re
 import secrets
 import struct
+import time
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -37,24 +39,22 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from bitnet_ext.data.text import TextSource, text_file_source
-from bitnet_ext.data.tokenizer import (
-    END_OF_TEXT_ID,
-    GPT2_TOKENIZER_ID,
-    GPT2_VOCAB_SIZE,
-    encode_in_parts,
-    gpt2_tokenizer,
-)
+from bitnet_ext.data.gpt2 import VOCAB_BPE_SHA256
+from bitnet_ext.data.text import CorpusError, TextSource, text_file_source
+from bitnet_ext.data.tokenizer import Tokenizer
+from bitnet_ext.data.tokenizer_files import load_tokenizer
 
 FORMAT_VERSION = 1
 Tokens = npt.NDArray[Any]  # uint16 or uint32, one dimension
 
 _MAGIC = b"BNXTOKEN"
-_HEADER = struct.Struct("<8sIIQQQ32s24s24xI")
+_HEADER = struct.Struct("<8sIIQQQ32s24s24sI")
 _HEADER_BYTES = 128
 _WRITE_IDS = 1 << 16  # ids gathered before a write
 _CRC_BYTES = 1 << 24  # bytes read at a time by the check of an opened file
 _PROGRESS_CHARS = 4_000_000  # about one second of encoding; shorter texts show no bar
+_STALE_SECONDS = 86_400  # a temporary file of this age was left by a writer that was killed
+_CACHE_HINT = "set BITNET_EXT_CACHE to a folder that can be written"
 
 
 class TokenFileError(ValueError):
@@ -70,17 +70,19 @@ class TokenFile:
     vocab_size: int
     num_documents: int
     source_sha256: str
-    tokenizer: str
+    tokenizer: str  # id of the tokeniser
+    tokenizer_fingerprint: str = ""  # its first 48 hex digits; empty where the file does not say
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> TokenFile:
         """Map the token file at `path`.
 
-        `verify` reads the ids once and compares their checksum (about a second for 1e9 ids in the page
-        cache); the header and the length of the file are always checked.
+        `verify` reads the ids once, compares their checksum and their largest with the header (about two
+        seconds for 1e9 ids in the page cache); the header and the length of the file are always checked.
 
         Raises:
-            TokenFileError: not a token file, another format version, truncated, or damaged.
+            TokenFileError: not a token file, another format version, truncated, damaged, or ids that are
+                not below vocab_size.
             OSError: the file cannot be read.
         """
         path = Path(path)
@@ -95,15 +97,28 @@ class TokenFile:
             raise TokenFileError(
                 f"token file {path} is truncated: it has {size} bytes, its header alone has {_HEADER_BYTES}"
             )
-        _, version, id_bytes, vocab_size, num_tokens, num_documents, sha256, name, tokens_crc = (
-            _HEADER.unpack(header[:-4])
-        )
+        (
+            _,
+            version,
+            id_bytes,
+            vocab_size,
+            num_tokens,
+            num_documents,
+            sha256,
+            name,
+            fingerprint,
+            tokens_crc,
+        ) = _HEADER.unpack(header[:-4])
         if version != FORMAT_VERSION:
             raise TokenFileError(
                 f"token file {path} has format version {version}, accepted is {FORMAT_VERSION}"
             )
         if zlib.crc32(header[:-4]) != int.from_bytes(header[-4:], "little") or id_bytes not in (2, 4):
             raise TokenFileError(f"token file {path} is damaged: its header does not match its checksum")
+        if not 1 <= vocab_size <= 1 << 32 or (vocab_size > 1 << 16 and id_bytes == 2):
+            raise TokenFileError(
+                f"token file {path} is damaged: its header gives vocab_size {vocab_size} with ids of {id_bytes} bytes"
+            )
         expected = _HEADER_BYTES + num_tokens * id_bytes
         if size != expected:
             state = "truncated" if size < expected else "damaged"
@@ -118,8 +133,14 @@ class TokenFile:
         else:  # An empty range cannot be mapped.
             tokens = np.empty(0, dtype)
             tokens.flags.writeable = False
-        if verify and _crc32(tokens) != tokens_crc:
-            raise TokenFileError(f"token file {path} is damaged: its tokens do not match their checksum")
+        if verify:
+            crc, highest = _crc32_and_highest(tokens)
+            if crc != tokens_crc:
+                raise TokenFileError(f"token file {path} is damaged: its tokens do not match their checksum")
+            if highest >= vocab_size:
+                raise TokenFileError(
+                    f"token file {path} is damaged: it holds the id {highest}, its header gives vocab_size {vocab_size}"
+                )
         return cls(
             path,
             tokens,
@@ -127,6 +148,7 @@ class TokenFile:
             num_documents,
             sha256.hex(),
             name.rstrip(b"\0").decode("ascii", "replace"),
+            fingerprint.hex() if any(fingerprint) else "",
         )
 
     def __len__(self) -> int:
@@ -161,7 +183,8 @@ class TokenFileWriter:
         path: where the file is to be; missing folders are made.
         vocab_size: every id must be smaller; up to 65,536 ids are stored as uint16, beyond as uint32.
         source_sha256: 64 hex digits that stand for what the tokens were made from.
-        tokenizer: name of the encoding, at most 24 ASCII characters.
+        tokenizer: id of the encoding (`Tokenizer.id`), at most 24 ASCII characters.
+        tokenizer_fingerprint: empty, or 48 or more hex digits, of which the first 48 are kept.
 
     Raises:
         ValueError: an argument out of range, or an id that is negative or not smaller than `vocab_size`.
@@ -175,6 +198,7 @@ class TokenFileWriter:
         vocab_size: int,
         source_sha256: str = "00" * 32,
         tokenizer: str = "",
+        tokenizer_fingerprint: str = "",
     ) -> None:
         if not 1 <= vocab_size <= 1 << 32:
             raise ValueError(f"vocab_size is {vocab_size}, accepted is 1 to {1 << 32}")
@@ -182,10 +206,15 @@ class TokenFileWriter:
             raise ValueError(f"source_sha256 is {source_sha256!r}, accepted are 64 lower-case hex digits")
         if len(tokenizer) > 24 or not tokenizer.isascii():
             raise ValueError(f"tokenizer is {tokenizer!r}, accepted are at most 24 ASCII characters")
+        if not re.fullmatch("([0-9a-f]{48,64})?", tokenizer_fingerprint):
+            raise ValueError(
+                f"tokenizer_fingerprint is {tokenizer_fingerprint!r}, accepted are 48 to 64 lower-case hex digits"
+            )
         self.path = Path(path)
         self.vocab_size = vocab_size
         self.source_sha256 = source_sha256
         self.tokenizer = tokenizer
+        self.tokenizer_fingerprint = tokenizer_fingerprint[:48]
         self.num_documents = 0
         self.num_tokens = 0
         self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -198,6 +227,7 @@ class TokenFileWriter:
     def __enter__(self) -> TokenFileWriter:
         with self._one_sentence():
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_stale()
             self._file = open(self._temporary, "xb")
         try:
             self._write(bytes(_HEADER_BYTES))  # The numbers are known at the end.
@@ -252,6 +282,7 @@ class TokenFileWriter:
             self.num_documents,
             bytes.fromhex(self.source_sha256),
             self.tokenizer.encode("ascii"),
+            bytes.fromhex(self.tokenizer_fingerprint),
             self._crc,
         )
         assert self._file is not None
@@ -263,6 +294,14 @@ class TokenFileWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self.path)
+
+    def _remove_stale(self) -> None:
+        """Removes what writers of this file left that were killed a day ago or earlier."""
+        limit = time.time() - _STALE_SECONDS
+        for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
+            with contextlib.suppress(OSError):
+                if left.stat().st_mtime < limit:
+                    left.unlink()
 
     def _write(self, data: bytes) -> None:
         assert self._file is not None, "TokenFileWriter is used outside its `with` block"
@@ -291,22 +330,37 @@ class TokenFileWriter:
 def default_cache_dir() -> Path:
     """Where token files are kept.
 
-    `$BITNET_EXT_CACHE`, else `$XDG_CACHE_HOME/bitnet_ext`, else `~/.cache/bitnet_ext`.
+    `$BITNET_EXT_CACHE`, else `$XDG_CACHE_HOME/bitnet_ext`, else `~/.cache/bitnet_ext`; a leading `~` is the
+    home folder.
+
+    Raises:
+        OSError: the folder depends on the home folder and there is none.
     """
     if own := os.environ.get("BITNET_EXT_CACHE"):
-        return Path(own)
+        return _expand_home(own)
     if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "bitnet_ext"
-    return Path.home() / ".cache" / "bitnet_ext"
+        return _expand_home(xdg) / "bitnet_ext"
+    return _expand_home("~") / ".cache" / "bitnet_ext"
+
+
+def _expand_home(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OSError(
+            f"cannot find the cache of token files: {os.fspath(path)} needs a home folder and this user has none; "
+            f"{_CACHE_HINT}"
+        ) from error
 
 
 def tokenize_cached(
     source: TextSource | str | os.PathLike[str],
     cache_dir: str | os.PathLike[str] | None = None,
     *,
+    tokenizer: Any = "gpt2",
     progress: bool = True,
 ) -> TokenFile:
-    """The GPT-2 tokens of a text, from the cache or tokenised now (several MB of text a second).
+    """The tokens of a text, from the cache or tokenised now (GPT-2: several MB of text a second).
 
     The cache key is the sha256 of the text's content and rules, the tokeniser and the format version. A
     cached file that is damaged is reported with a warning and built again.
@@ -314,32 +368,64 @@ def tokenize_cached(
     Args:
         source: a `TextSource`, or the path of a UTF-8 text file (plain, .gz, .xz).
         cache_dir: default `default_cache_dir()`.
+        tokenizer: a `Tokenizer`, or whatever `load_tokenizer` accepts.
         progress: a progress bar for texts of more than a few million characters, on a terminal only.
 
     Raises:
-        CorpusError: the text cannot be read.
-        OSError: the token file cannot be written.
+        CorpusError: the text cannot be read or tokenised.
+        OSError: the token file cannot be read or written.
     """
     if not isinstance(source, TextSource):
         source = text_file_source(source)
-    key = hashlib.sha256(f"{source.sha256} {GPT2_TOKENIZER_ID} {FORMAT_VERSION}".encode()).hexdigest()
+    tokenizer = load_tokenizer(tokenizer)
+    rules = tokenizer.id
+    if tokenizer.fingerprint != VOCAB_BPE_SHA256:
+        # GPT-2's key stays what it was before there were other tokenizers: its id says all.
+        rules = f"{rules} {tokenizer.fingerprint} {tokenizer.eos_id}"
+    key = hashlib.sha256(f"{source.sha256} {rules} {FORMAT_VERSION}".encode()).hexdigest()
     label = re.sub(r"[^A-Za-z0-9._-]+", "_", source.name)[:40]
-    path = Path(default_cache_dir() if cache_dir is None else cache_dir) / f"{label}-{key[:32]}.tokens"
+    folder = default_cache_dir() if cache_dir is None else _expand_home(cache_dir)
+    path = folder / f"{label}-{key[:32]}.tokens"
     try:
         cached = TokenFile.open(path)
-        if (cached.source_sha256, cached.tokenizer) == (source.sha256, GPT2_TOKENIZER_ID):
+        if _is_of(cached, source, tokenizer):
             return cached
         warnings.warn(f"token file {path} belongs to another text; it is built again", stacklevel=2)
     except FileNotFoundError:
         pass
+    except NotADirectoryError:
+        pass  # Told when the file is written.
     except TokenFileError as error:
         warnings.warn(f"{error}; it is built again", stacklevel=2)
-    _tokenize(source, path, progress)
-    return TokenFile.open(path)
+    except OSError as error:
+        raise _cache_error("read", path, error) from error
+    try:
+        _tokenize(source, tokenizer, path, progress)
+        return TokenFile.open(path)
+    except OSError as error:
+        raise _cache_error("write", path, error) from error
 
 
-def _tokenize(source: TextSource, path: Path, progress: bool) -> None:
-    tokenizer = gpt2_tokenizer()
+def _is_of(cached: TokenFile, source: TextSource, tokenizer: Tokenizer) -> bool:
+    same = (cached.source_sha256, cached.tokenizer, cached.vocab_size) == (
+        source.sha256,
+        tokenizer.id,
+        tokenizer.vocab_size,
+    )
+    return same and cached.tokenizer_fingerprint in ("", tokenizer.fingerprint[:48])
+
+
+def _cache_error(action: str, path: Path, error: OSError) -> OSError:
+    reason = error.strerror or str(error)
+    sentence = (
+        str(error) if "token file" in str(error) else f"cannot {action} the token file {path}: {reason}"
+    )
+    told = OSError(f"{sentence}; {_CACHE_HINT}")
+    told.errno = error.errno
+    return told
+
+
+def _tokenize(source: TextSource, tokenizer: Tokenizer, path: Path, progress: bool) -> None:
     num_chars = source.num_chars()
     silent = not progress or (num_chars is not None and num_chars < _PROGRESS_CHARS)
     with (
@@ -352,22 +438,32 @@ def _tokenize(source: TextSource, path: Path, progress: bool) -> None:
             disable=silent or None,
         ) as bar,
         TokenFileWriter(
-            path, vocab_size=GPT2_VOCAB_SIZE, source_sha256=source.sha256, tokenizer=GPT2_TOKENIZER_ID
+            path,
+            vocab_size=tokenizer.vocab_size,
+            source_sha256=source.sha256,
+            tokenizer=tokenizer.id,
+            tokenizer_fingerprint=tokenizer.fingerprint,
         ) as writer,
     ):
         for document in source.documents():
-            for piece in document.pieces:
-                for ids in encode_in_parts(tokenizer, piece):
-                    writer.append(ids)
-            if document.ends and source.separator:
-                writer.append([END_OF_TEXT_ID])
+            try:
+                for piece in document.pieces:
+                    for ids in tokenizer.encode_parts(piece):
+                        writer.append(ids)
+            except ValueError as error:  # Also an id that is not below the vocabulary's size.
+                raise CorpusError(f"the text {source.name} cannot be tokenised: {error}") from error
+            if document.ends and source.separator and tokenizer.eos_id is not None:
+                writer.append([tokenizer.eos_id])
             writer.num_documents += 1
             bar.update(document.num_chars)
 
 
-def _crc32(tokens: Tokens) -> int:
-    data = tokens.view(np.uint8)
-    crc = 0
-    for start in range(0, len(data), _CRC_BYTES):
-        crc = zlib.crc32(data[start : start + _CRC_BYTES].data, crc)
-    return crc
+def _crc32_and_highest(tokens: Tokens) -> tuple[int, int]:
+    """The checksum of the ids and the largest of them, -1 of none."""
+    step = _CRC_BYTES // tokens.itemsize
+    crc, highest = 0, -1
+    for start in range(0, len(tokens), step):
+        block = tokens[start : start + step]
+        crc = zlib.crc32(block.view(np.uint8).data, crc)
+        highest = max(highest, int(block.max()))
+    return crc, highest

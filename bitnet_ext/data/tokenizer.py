@@ -1,165 +1,334 @@
-"""The byte-pair encoding of GPT-2, without a network.
+"""Tokenizers behind one small interface: GPT-2 and tiktoken's encodings, and objects with `encode` and `decode`.
 
-The encoding is a list of 50,000 merges (Radford et al. 2019, section 2.2). Ranks 0..255 are the single
-bytes, rank 256 + i is the result of merge i, and 50256 is `<|endoftext|>`. The merge table lies in the
-package, so that an installed bitnet_ext tokenises offline; a copy that tiktoken has already put in its own
-cache is preferred.
+`bitnet_ext.data.hf_tokenizer` has the tokenizer.json files of the Hugging Face library;
+`bitnet_ext.data.tokenizer_files` loads and saves all kinds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gzip
 import hashlib
-import os
-import tempfile
-import zlib
-from collections.abc import Iterator
-from importlib import resources
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 import tiktoken
 
-GPT2_VOCAB_SIZE = 50257
-END_OF_TEXT = "<|endoftext|>"
-END_OF_TEXT_ID = 50256
-VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-# Names the encoding in cache keys and token files.
-GPT2_TOKENIZER_ID = "gpt2-" + VOCAB_BPE_SHA256[:8]
-
-_ASSET = "gpt2_vocab.bpe.gz"
-# tiktoken names a cached file by the sha1 of its address; the sha256 is of the content.
-_TIKTOKEN_CACHE_FILES = (
-    ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", VOCAB_BPE_SHA256),  # vocab.bpe
-    (
-        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    ),  # encoder.json
+from bitnet_ext.data.cutting import cut_text, encode_in_parts
+from bitnet_ext.data.gpt2 import (
+    GPT2_VOCAB_SIZE,
+    VOCAB_BPE_SHA256,
+    gpt2_tokenizer,
+    merge_ranks,
+    packaged_merge_table,
 )
 
+# Longer documents are cut for the tokenizers whose rules are unknown here.
+_MAX_DOCUMENT_CHARS = 1 << 20
+_REPLACEMENT = "\ufffd"
 
-@functools.lru_cache(maxsize=1)
-def gpt2_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding: 50,257 ids, `"Hello world"` -> `[15496, 995]`, `<|endoftext|>` -> 50256.
 
-    Never touches the network: taken from tiktoken's cache (`TIKTOKEN_CACHE_DIR`, `DATA_GYM_CACHE_DIR` or
-    `data-gym-cache` in the temporary directory) when both of its files are there and whole, otherwise built
-    from the merge table in this package. The ids are the same either way. The result is kept for the
-    process.
+class TokenizerError(ValueError):
+    """A tokenizer that is missing, damaged or cannot do what is asked; the message is one sentence."""
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        name: for people; two tokenizers may share it.
+        vocab_size: every id is smaller.
+        eos_id: the id that ends a text, None when the tokenizer has none.
+        fingerprint: 64 hex digits, equal for tokenizers that give equal ids.
+        kind: "tiktoken", "tokenizers" (the library of Hugging Face) or "object".
+    """
+
+    kind: ClassVar[str]
+    name: str
+    vocab_size: int
+    eos_id: int | None
+    fingerprint: str
+
+    @property
+    def id(self) -> str:
+        """At most 24 ASCII characters: the name and the first 8 digits of the fingerprint."""
+        return f"{re.sub('[^A-Za-z0-9._-]+', '_', self.name)[:15]}-{self.fingerprint[:8]}"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens: `<|endoftext|>` in it is encoded as text.
+
+        Raises:
+            TypeError: `text` is not a str.
+            TokenizerError: the tokenizer cannot encode it.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"Tokenizer.encode: text is {type(text).__name__}, accepted is str")
+        return [i for part in self.encode_parts(text) for i in part]
+
+    def encode_parts(self, text: str) -> Iterator[list[int]]:
+        """The ids of `encode` in parts, so that a long text needs little memory."""
+        with self._one_sentence("encode"):
+            yield from self._encode_parts(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; an id that the tokenizer does not know gives U+FFFD.
+
+        A model may predict such ids where its vocabulary is padded.
+
+        Raises:
+            TypeError: `ids` is not a row of integers.
+        """
+        known: list[int] = []
+        for value in ids.tolist() if hasattr(ids, "tolist") else ids:
+            if not hasattr(value, "__index__"):
+                raise TypeError(f"Tokenizer.decode: ids holds {value!r}, accepted is a row of integers")
+            known.append(int(value))
+        with self._one_sentence("decode"):
+            if all(map(self._knows, known)):
+                return self._decode(known)
+            return "".join(self._decode([i]) if self._knows(i) else _REPLACEMENT for i in known)
+
+    def record(self) -> dict[str, Any]:
+        """What `tokenizer_from_record` needs, as JSON: a checkpoint keeps it."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "fingerprint": self.fingerprint,
+        }
+
+    def _encode_parts(self, text: str) -> Iterator[list[int]]:
+        for part in cut_text(text, _MAX_DOCUMENT_CHARS):
+            yield self._encode(part)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    def _knows(self, token: int) -> bool:
+        return 0 <= token < self.vocab_size
+
+    @contextlib.contextmanager
+    def _one_sentence(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except TokenizerError:
+            raise
+        except BaseException as error:
+            if is_failure(error):
+                reason = str(error).partition("\n")[0] or "no reason given"
+                raise TokenizerError(
+                    f"tokenizer {self.name!r} cannot {action} this ({type(error).__name__}: {reason})"
+                ) from error
+            raise
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}, {self.vocab_size} ids, {self.fingerprint[:8]}>"
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A `tiktoken.Encoding`, by default GPT-2's.
+
+    Args:
+        encoding: any encoding. Only those that tiktoken knows by name can be found again from a record.
+    """
+
+    kind = "tiktoken"
+
+    def __init__(self, encoding: tiktoken.Encoding | None = None) -> None:
+        encoding = gpt2_tokenizer() if encoding is None else encoding
+        self.encoding = encoding
+        self.name = encoding.name
+        self.vocab_size = encoding.n_vocab
+        # None without the token: tiktoken's property looks it up by name.
+        self.eos_id = encoding._special_tokens.get("<|endoftext|>")
+        self.fingerprint = _tiktoken_fingerprint(encoding)
+
+    def _encode(self, text: str) -> list[int]:
+        return [i for part in self._encode_parts(text) for i in part]
+
+    def _encode_parts(self, text: str) -> Iterator[list[int]]:
+        return encode_in_parts(self.encoding, text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+    def _knows(self, token: int) -> bool:
+        return 0 <= token < self.vocab_size and token in self._known
+
+    @functools.cached_property
+    def _known(self) -> frozenset[int] | range:
+        ids = {*self.encoding._mergeable_ranks.values(), *self.encoding._special_tokens.values()}
+        return range(self.vocab_size) if len(ids) == self.vocab_size else frozenset(ids)
+
+
+def _tiktoken_fingerprint(encoding: tiktoken.Encoding) -> str:
+    """GPT-2's is the sha256 of its merge table; of others, of the pattern, the special tokens and the ranks."""
+    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    if encoding is gpt2_tokenizer() or (
+        encoding.name == "gpt2"
+        and encoding.n_vocab == GPT2_VOCAB_SIZE
+        and encoding._pat_str == gpt2_tokenizer()._pat_str
+        and special == gpt2_tokenizer()._special_tokens
+        and ranks == merge_ranks(packaged_merge_table())
+    ):
+        return VOCAB_BPE_SHA256
+    digest = hashlib.sha256(f"tiktoken 1\n{encoding._pat_str}\n".encode())
+    for name, rank in sorted(special.items()):
+        digest.update(f"{rank} {name}\n".encode())
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        digest.update(b"%d %d " % (rank, len(token)) + token)
+    return digest.hexdigest()
+
+
+class ObjectTokenizer(Tokenizer):
+    """Any object with `encode(text) -> ids` and `decode(ids) -> str`.
+
+    The size of its vocabulary is taken from `vocab_size`, `n_vocab`, `get_vocab_size()` or `len()`, the largest
+    of them. The fingerprint is its attribute `fingerprint`, else a digest of its class and of the text of each
+    id. A checkpoint cannot hold it: whoever loads the model has to give it again.
+
+    Args:
+        tokenizer: the object. name: default the class's name. eos_id: default its `eos_id` or `eos_token_id`.
 
     Raises:
-        RuntimeError: the packaged merge table is missing or damaged.
+        TypeError: it lacks a method or a vocabulary size.
     """
-    if _tiktoken_cache_is_whole():
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception:
-            # A plugin of another package has broken tiktoken's registry; the packaged table does not need it.
-            pass
-    return build_encoding(packaged_merge_table())
 
+    kind = "object"
 
-def packaged_merge_table() -> bytes:
-    """The bytes of GPT-2's `vocab.bpe` from this package; RuntimeError when they are missing or damaged."""
-    asset = resources.files("bitnet_ext.data") / "assets" / _ASSET
-    try:
-        table = gzip.decompress(asset.read_bytes())
-    except FileNotFoundError:
-        raise RuntimeError(f"the GPT-2 merge table {asset} is missing: install bitnet_ext again") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise RuntimeError(
-            f"the GPT-2 merge table {asset} is damaged ({error}): install bitnet_ext again"
-        ) from error
-    digest = hashlib.sha256(table).hexdigest()
-    if digest != VOCAB_BPE_SHA256:
-        raise RuntimeError(
-            f"the GPT-2 merge table {asset} is damaged: its sha256 is {digest}, expected {VOCAB_BPE_SHA256}; "
-            "install bitnet_ext again"
+    def __init__(self, tokenizer: Any, *, name: str | None = None, eos_id: int | None = None) -> None:
+        for method in ("encode", "decode"):
+            if isinstance(tokenizer, type) or not callable(getattr(tokenizer, method, None)):
+                raise TypeError(
+                    f"tokenizer is {_type_name(tokenizer)} without a method {method}: accepted are 'gpt2', the name "
+                    "of a tiktoken encoding, the path of a tokenizer.json, and an object with encode and decode"
+                )
+        self.wrapped = tokenizer
+        own_name = getattr(tokenizer, "name", None)
+        self.name = name or (own_name if isinstance(own_name, str) and own_name else type(tokenizer).__name__)
+        self.vocab_size = _vocab_size(tokenizer)
+        if eos_id is None:
+            eos_id = next(
+                (
+                    value
+                    for key in ("eos_id", "eos_token_id")
+                    if isinstance(value := getattr(tokenizer, key, None), int)
+                ),
+                None,
+            )
+        self.eos_id = check_eos(eos_id, self.vocab_size, self.name)
+        # Tokenizers of transformers add special tokens unless told not to.
+        plain = type(tokenizer).__module__.split(".")[0] in ("transformers", "transformers_modules")
+        self._options: dict[str, Any] = {"add_special_tokens": False} if plain else {}
+        own = getattr(tokenizer, "fingerprint", None)
+        self.fingerprint = str(own) if is_sha256(own) else self._digest()
+
+    def _digest(self) -> str:
+        kind = type(self.wrapped)
+        digest = hashlib.sha256(
+            f"object 1 {kind.__module__}.{kind.__qualname__} {self.vocab_size}\n".encode()
         )
-    return table
+        for token in range(self.vocab_size):
+            try:
+                text = str(self.wrapped.decode([token]))
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                text = f"\0{type(error).__name__}"
+            digest.update(text.encode("utf-8", "replace") + b"\0")
+        return digest.hexdigest()
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.wrapped.encode(text, **self._options)
+        ids = getattr(ids, "ids", ids)
+        return [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.wrapped.decode(ids))
 
 
-def build_encoding(merge_table: bytes) -> tiktoken.Encoding:
-    """A `tiktoken.Encoding` named "gpt2" from the bytes of GPT-2's `vocab.bpe`."""
-    # tiktoken's list of encodings (since 0.9): the pattern that splits text into words is taken from it.
-    from tiktoken_ext.openai_public import r50k_pat_str
+def _vocab_size(tokenizer: Any) -> int:
+    found = []
+    for key in ("vocab_size", "n_vocab", "get_vocab_size", "__len__"):
+        value = getattr(tokenizer, key, None)
+        with contextlib.suppress(Exception):
+            found.append(int(value() if callable(value) else value))  # type: ignore[arg-type]
+    size = max(found, default=0)
+    if not 1 <= size <= 1 << 32:
+        raise TypeError(
+            f"tokenizer is {_type_name(tokenizer)} without an attribute vocab_size, which says how many ids it has"
+        )
+    return size
 
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks=merge_ranks(merge_table),
-        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
-        explicit_n_vocab=GPT2_VOCAB_SIZE,
-    )
+
+def check_eos(eos_id: int | None, vocab_size: int, name: str) -> int | None:
+    """`eos_id` itself; TokenizerError when it lies outside the vocabulary."""
+    if eos_id is not None and not 0 <= eos_id < vocab_size:
+        raise TokenizerError(
+            f"tokenizer {name!r}: eos_id is {eos_id}, accepted is 0..{vocab_size - 1} (vocab_size {vocab_size})"
+        )
+    return eos_id
 
 
-def merge_ranks(merge_table: bytes) -> dict[bytes, int]:
-    """Byte string -> rank (= token id) from a `vocab.bpe`: a version line, then a merge `left right` a line.
+def is_failure(error: BaseException) -> bool:
+    """Whether a library failed: an Exception, or the panic of a Rust library, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
-    The file spells each byte as one printable character: the bytes that are printable in Latin-1 stand for
-    themselves, the other 68 are written as U+0100, U+0101, ... in increasing order. The printable ones also
-    have the first ranks, so the order of this alphabet is the order of ranks 0..255.
+
+def is_sha256(value: object) -> bool:
+    """Whether a value is 64 lower-case hex digits."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _type_name(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+class StreamDecoder:
+    """Text of tokens that come one at a time.
+
+    A token may be half a character, and some tokenizers drop the space of the first token of a text: the text
+    of a token depends on those before it.
+
+        decoder = StreamDecoder(tokenizer, prompt_ids)
+        for token in ...:
+            print(decoder.push(token), end="")
+        print(decoder.flush())
+
+    Args:
+        tokenizer: of the tokens.
+        context: the tokens before the first; their text is not given out.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    spelling = {chr(byte): bytes([byte]) for byte in printable}
-    spelling.update({chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)})
 
-    ranks = {bytes([byte]): rank for rank, byte in enumerate([*printable, *others])}
-    # A symbol is spelled out once, when a merge makes it: its two halves are already known by their spelling.
-    for line in merge_table.decode("utf-8").splitlines()[1:]:
-        left, right = line.split(" ")
-        merged = spelling[left] + spelling[right]
-        spelling[left + right] = merged
-        ranks[merged] = len(ranks)
-    return ranks
+    _CONTEXT = 8  # tokens that are decoded again for the ones after them
 
+    def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(context)[-self._CONTEXT :]
+        self._given = len(self._ids)  # the first tokens, whose text was given out
 
-def encode_in_parts(tokenizer: tiktoken.Encoding, text: str, part_size: int = 1 << 18) -> Iterator[list[int]]:
-    """Token ids of `text` in parts of about `part_size` characters, so that a long text needs little memory.
+    def push(self, token: int) -> str:
+        """Text that `token` completes; empty while a character is incomplete."""
+        self._ids.append(int(token))
+        return self._take(final=False)
 
-    The concatenated parts equal `tokenizer.encode_ordinary(text)`: a cut is made only where GPT-2's pattern
-    has a boundary on both sides, between a word and a single space or after a single line break. Only a run
-    of 16 parts without such a place (no real text) is cut anywhere. `<|endoftext|>` inside the text is
-    encoded as text.
-    """
-    start, length = 0, len(text)
-    while length - start > part_size:
-        cut = _last_safe_cut(text, start + 1, start + part_size)
-        end = start + part_size
-        while cut is None and end < min(length, start + 16 * part_size):
-            cut = _last_safe_cut(text, end, end + part_size)
-            end += part_size
-        if cut is None:
-            cut = min(end, length)
-        yield tokenizer.encode_ordinary(text[start:cut])
-        start = cut
-    if start < length:
-        yield tokenizer.encode_ordinary(text[start:])
+    def flush(self) -> str:
+        """The rest at the end, with U+FFFD for an incomplete character."""
+        return self._take(final=True)
 
-
-def _last_safe_cut(text: str, low: int, high: int) -> int | None:
-    """The last index in low..high at which `text` may be cut without changing its tokens."""
-    for index in range(min(high, len(text) - 2), max(low, 2) - 1, -1):
-        # Before a single space between two words: the pattern takes " word" as one piece.
-        if text[index] == " " and not text[index - 1].isspace() and not text[index + 1].isspace():
-            return index
-        # After a single line break: a break is a piece of its own there, as at the end of a text.
-        if text[index - 1] == "\n" and not text[index - 2].isspace() and not text[index].isspace():
-            return index
-    return None
-
-
-def _tiktoken_cache_is_whole() -> bool:
-    directory = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
-    if directory is None:
-        directory = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    if directory == "":  # tiktoken's way to switch its cache off: get_encoding would download.
-        return False
-    for name, sha256 in _TIKTOKEN_CACHE_FILES:
-        try:
-            with open(os.path.join(directory, name), "rb") as file:
-                if hashlib.sha256(file.read()).hexdigest() != sha256:
-                    return False
-        except OSError:
-            return False
-    return True
+    def _take(self, *, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[: self._given])
+        text = self._tokenizer.decode(self._ids)
+        # A character has at most a few tokens: what is still incomplete after these is no character.
+        incomplete = text.endswith(_REPLACEMENT) and len(self._ids) - self._given < self._CONTEXT
+        if incomplete and not final:
+            return ""
+        self._ids = self._ids[-self._CONTEXT :]
+        self._given = len(self._ids)
+        return text[len(before) :]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from bitnet_ext._capture import capture, capture_stream
+from bitnet_ext.inference.prompts import (
+    PaddedPrompts,
+    Prompt,
+    TextCoder,
+    encode_texts,
+    from_attention_mask,
+    pad_prompts,
+)
 from bitnet_ext.models.kv_cache import KVCache, SteadyKVCache
 from bitnet_ext.models.transformer import BitNetForCausalLM
 from bitnet_ext.nn import resident_weights, weight_caches
@@ -16,39 +25,154 @@ from bitnet_ext.nn import resident_weights, weight_caches
 CAPTURED_TOKENS = 8
 
 
-@torch.no_grad()
+@overload
 def generate(
     model: BitNetForCausalLM,
     prompt: Tensor,
-    max_new_tokens: int,
+    max_new_tokens: int = ...,
+    *,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    eos_id: int | None = ...,
+    seed: int | None = ...,
+    tokenizer: TextCoder | None = ...,
+    attention_mask: Tensor | None = ...,
+    on_token: Callable[[Tensor], None] | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def generate(
+    model: BitNetForCausalLM,
+    prompt: str,
+    max_new_tokens: int = ...,
+    *,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    eos_id: int | None = ...,
+    seed: int | None = ...,
+    tokenizer: TextCoder | None = ...,
+    attention_mask: None = ...,
+    on_token: Callable[[Tensor], None] | None = ...,
+) -> str: ...
+
+
+@overload
+def generate(
+    model: BitNetForCausalLM,
+    prompt: list[str] | tuple[str, ...],
+    max_new_tokens: int = ...,
+    *,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    eos_id: int | None = ...,
+    seed: int | None = ...,
+    tokenizer: TextCoder | None = ...,
+    attention_mask: None = ...,
+    on_token: Callable[[Tensor], None] | None = ...,
+) -> list[str]: ...
+
+
+@overload
+def generate(
+    model: BitNetForCausalLM,
+    prompt: Sequence[Sequence[int] | Tensor],
+    max_new_tokens: int = ...,
+    *,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    eos_id: int | None = ...,
+    seed: int | None = ...,
+    tokenizer: TextCoder | None = ...,
+    attention_mask: None = ...,
+    on_token: Callable[[Tensor], None] | None = ...,
+) -> list[Tensor]: ...
+
+
+def generate(
+    model: BitNetForCausalLM,
+    prompt: Prompt,
+    max_new_tokens: int = 64,
     *,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     eos_id: int | None = None,
     seed: int | None = None,
+    tokenizer: TextCoder | None = None,
+    attention_mask: Tensor | None = None,
     on_token: Callable[[Tensor], None] | None = None,
-) -> Tensor:
+) -> Tensor | str | list[str] | list[Tensor]:
     """Continues each prompt.
 
     Args:
         model: training or packed form.
-        prompt: int64 [B, T], T >= 1, on the model's device.
+        prompt: ids int64 [B, T], T >= 1, on the model's device; or a text; or a list of texts or of rows of ids, which
+            may differ in length: the continuation of each is that of the prompt alone (but for rounding).
         max_new_tokens: >= 0; prompt and new tokens must fit the model's max_seq_len.
         temperature: 0 for greedy choice, else the divisor of the logits.
         top_k: keeps the k most likely tokens; top_p: the smallest set with this share of probability
             (nucleus, arXiv 1904.09751).
         eos_id: ends a sequence, which is then filled up with it; generation stops when all have ended.
-        seed: of the sampling.
+        seed: of the sampling, from a generator of its own. None samples from torch's global generator of the
+            device, which ``torch.manual_seed`` sets, so that each call continues in another way.
+        tokenizer: of a text, with encode and decode; default the model's attribute `tokenizer`, if it has one.
+        attention_mask: [B, T], 0 at the padding on the left of rows of a tensor `prompt`, which is ignored, and 1
+            elsewhere.
         on_token: called with each new column int64 [B].
 
     Returns:
-        int64 [B, T + new], new <= max_new_tokens.
+        prompt and continuation, new <= max_new_tokens: of a tensor int64 [B, T + new], of a text a text, of a list a
+        list of texts or of tensors int64 [T_i + new].
+
+    Raises:
+        ValueError: an argument is out of range; a text without a tokenizer.
     """
-    if prompt.dim() != 2 or prompt.shape[1] < 1 or prompt.dtype != torch.int64:
-        raise ValueError(
-            f"generate: prompt must be int64 of shape [B, T >= 1], got {prompt.dtype} of shape {tuple(prompt.shape)}"
-        )
+    if isinstance(prompt, Tensor):
+        given = prompt
+        if given.dim() != 2 or given.shape[1] < 1 or given.dtype != torch.int64:
+            raise ValueError(
+                f"generate: prompt must be int64 of shape [B, T >= 1], got {given.dtype} of shape {tuple(given.shape)}"
+            )
+        padded = PaddedPrompts(given, None)
+        if attention_mask is not None:
+            padded = from_attention_mask(given, attention_mask)
+    else:
+        if attention_mask is not None:
+            raise ValueError("generate: attention_mask must be None where prompt is no tensor")
+        rows: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+        coder = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        is_text = bool(rows) and all(isinstance(row, str) for row in rows)
+        padded = pad_prompts(encode_texts(rows, coder) if is_text else rows, model.embed_tokens.weight.device)
+    tokens = _generate(model, padded, max_new_tokens, temperature, top_k, top_p, eos_id, seed, on_token)
+    if isinstance(prompt, Tensor):
+        return tokens
+    found = padded.rows(tokens)
+    if not is_text:
+        return found
+    assert coder is not None
+    texts = [coder.decode(row.tolist()) for row in found]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+@torch.no_grad()
+def _generate(
+    model: BitNetForCausalLM,
+    padded: PaddedPrompts,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    eos_id: int | None,
+    seed: int | None,
+    on_token: Callable[[Tensor], None] | None,
+) -> Tensor:
+    """:func:`generate` of a batch, int64 [B, T + new]."""
+    prompt = padded.ids
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be >= 0, got {max_new_tokens}")
     if temperature < 0:
@@ -68,12 +192,11 @@ def generate(
         )
     was_training = model.training
     model.eval()
-    generator = torch.Generator(device=prompt.device)
-    if seed is not None:
-        generator.manual_seed(seed)
+    # None is torch's global generator of the device.
+    generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
     choice = _Choice(temperature, top_k, top_p, generator)
     captured = prompt.is_cuda and max_new_tokens >= CAPTURED_TOKENS
-    decoder = (_Captured if captured else _Eager)(model, prompt, total, choice)
+    decoder = (_Captured if captured else _Eager)(model, prompt, total, choice, padded.padding)
     tokens = [prompt]
     done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     try:
@@ -97,7 +220,7 @@ class _Choice:
     """How the next token is chosen from logits."""
 
     def __init__(
-        self, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+        self, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
     ) -> None:
         self._temperature, self._top_k, self._top_p, self._generator = temperature, top_k, top_p, generator
 
@@ -126,9 +249,17 @@ class _Choice:
 class _Eager:
     """Decodes by calling the model."""
 
-    def __init__(self, model: BitNetForCausalLM, prompt: Tensor, total: int, choice: _Choice) -> None:
+    def __init__(
+        self,
+        model: BitNetForCausalLM,
+        prompt: Tensor,
+        total: int,
+        choice: _Choice,
+        padding: Tensor | None = None,
+    ) -> None:
         self._model, self._choice = model, choice
         self._cache = self._new_cache(total, prompt)
+        self._cache.padding = padding
         self._input = prompt
         self._noise = torch.empty(0, device=prompt.device)
 
@@ -154,8 +285,15 @@ class _Eager:
 class _Captured(_Eager):
     """Decodes by replaying one token's work, which is hundreds of launches, as a CUDA graph."""
 
-    def __init__(self, model: BitNetForCausalLM, prompt: Tensor, total: int, choice: _Choice) -> None:
-        super().__init__(model, prompt, total, choice)
+    def __init__(
+        self,
+        model: BitNetForCausalLM,
+        prompt: Tensor,
+        total: int,
+        choice: _Choice,
+        padding: Tensor | None = None,
+    ) -> None:
+        super().__init__(model, prompt, total, choice, padding)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_calls = 0
         self._fixed_input = torch.empty_like(prompt[:, :1])

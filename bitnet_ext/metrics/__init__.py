@@ -1,5 +1,6 @@
 """Measures of what a language model predicts and of the network behind it. Nothing here computes a gradient.
 
+``perplexity``    loss, perplexity and bits per byte of any language model
 ``distribution``  cross-entropy, entropies, mutual information, KL to the unigram, accuracy by word frequency
 ``diversity``     the unique-of-20 count, distinct-n, seq-rep-n
 ``generation``    generated text: distinct-n, seq-rep-4, Zipf exponent
@@ -42,6 +43,7 @@ from bitnet_ext.metrics.network import (
     row_norms,
     weight_norms,
 )
+from bitnet_ext.metrics.perplexity import evaluate, perplexity
 from bitnet_ext.metrics.rarefaction import effective_size, rarefied_unique
 from bitnet_ext.metrics.ternary import (
     PackedCodes,
@@ -71,6 +73,7 @@ __all__ = [
     "decay_shares",
     "distinct_n",
     "effective_size",
+    "evaluate",
     "evaluate_heldout",
     "evaluation_mode",
     "expected_unique",
@@ -88,6 +91,7 @@ __all__ = [
     "measure_unique",
     "measure_weight_norms",
     "packed_codes",
+    "perplexity",
     "rarefied_unique",
     "row_bins",
     "row_norms",

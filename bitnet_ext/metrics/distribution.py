@@ -36,7 +36,7 @@ _CUDA_BLOCK_BYTES = 256 << 20
 _LOGITS_BYTES = 128 * 50_257 * 4
 
 
-def frequency_bins(unigram_log_probs: Tensor) -> Tensor:
+def frequency_bins(unigram_log_probs: Tensor | np.ndarray) -> Tensor:
     """Bin of each token id by its frequency in the training text: 0 head, 1 torso, 2 tail.
 
     The ids are taken from the most frequent one down (equal frequencies: the lower id first). The head is the
@@ -44,12 +44,12 @@ def frequency_bins(unigram_log_probs: Tensor) -> Tensor:
     the rest.
 
     Args:
-        unigram_log_probs: natural logarithms of the unigram distribution, [V], any float dtype.
+        unigram_log_probs: natural logarithms of the unigram distribution, [V], any float dtype; a tensor or array.
 
     Returns:
         int64 [V], on the device of the argument.
     """
-    probabilities = unigram_log_probs.double().exp()
+    probabilities = torch.as_tensor(unigram_log_probs).double().exp()
     order = torch.argsort(probabilities, descending=True, stable=True)
     mass_before = probabilities[order].cumsum(0) - probabilities[order]
     bins = torch.empty_like(order)
@@ -91,13 +91,15 @@ class PredictionStatistics:
         1e-3.
     """
 
-    def __init__(self, vocab_size: int, unigram_log_probs: Tensor, device: torch.device | str) -> None:
+    def __init__(
+        self, vocab_size: int, unigram_log_probs: Tensor | np.ndarray, device: torch.device | str
+    ) -> None:
         if tuple(unigram_log_probs.shape) != (vocab_size,):
             raise ValueError(
                 f"unigram_log_probs must have shape [{vocab_size}] (vocab_size); "
                 f"got {list(unigram_log_probs.shape)}"
             )
-        log_probs = unigram_log_probs.detach().to(device="cpu", dtype=torch.float64)
+        log_probs = torch.as_tensor(unigram_log_probs).detach().to(device="cpu", dtype=torch.float64)
         total = float(log_probs.exp().sum())
         if not bool(torch.isfinite(log_probs).all()) or abs(total - 1.0) > 1e-3:
             raise ValueError(
@@ -350,7 +352,7 @@ class HeldOut:
     def __init__(
         self,
         tokens: np.ndarray,
-        unigram_log_probs: Tensor,
+        unigram_log_probs: Tensor | np.ndarray,
         *,
         seq_len: int,
         max_tokens: int,
@@ -415,7 +417,7 @@ class HeldOut:
 def evaluate_heldout(
     model: nn.Module,
     tokens: np.ndarray,
-    unigram_log_probs: Tensor,
+    unigram_log_probs: Tensor | np.ndarray,
     *,
     seq_len: int,
     max_tokens: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ def measure_weight_norms(model: nn.Module) -> Measurement:
 ROW_BINS = ("head", "torso", "tail", "unseen")
 
 
-def row_bins(unigram_log_probs: Tensor, seen: Tensor | None = None) -> Tensor:
+def row_bins(unigram_log_probs: Tensor | np.ndarray, seen: Tensor | None = None) -> Tensor:
     """Bin of each id for :func:`row_norms`: 0 head, 1 torso, 2 tail, 3 unseen, int64 [V].
 
     Args:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bitnet_ext.nn import QUANTIZATIONS
-
 ACTIVATIONS = ("relu2", "silu")
 INITS = ("linear-default", "normal")
+QUANTIZATIONS = ("b1.58", "none")  # those of bitnet_ext.nn, which imports torch
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,19 @@ class BitNetConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BitNetConfig:
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"BitNetConfig: unknown keys {unknown}; accepted are {sorted(known)}")
+        check_fields("BitNetConfig", values)
         return cls(**values)
+
+
+def check_fields(caller: str, values: Iterable[str]) -> None:
+    """Raises ValueError when a name is no field of :class:`BitNetConfig`."""
+    known = [field.name for field in dataclasses.fields(BitNetConfig)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{caller}: unknown fields {', '.join(unknown)}; BitNetConfig has {', '.join(known)}. A network of another "
+            "shape can be built with another library and made ternary by bitnet_ext.nn.convert_linear"
+        )
 
 
 def _collapse(width: int, num_layers: int = 4) -> BitNetConfig:
@@ -151,7 +159,5 @@ def preset(name: str, **overrides: Any) -> BitNetConfig:
     """A preset's configuration, with fields replaced by `overrides`."""
     if name not in PRESETS:
         raise ValueError(f"preset: name must be one of {', '.join(PRESETS)}; got {name!r}")
-    unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(BitNetConfig)})
-    if unknown:
-        raise ValueError(f"preset: unknown fields {unknown}; see BitNetConfig")
+    check_fields("preset", overrides)
     return dataclasses.replace(PRESETS[name], **overrides)

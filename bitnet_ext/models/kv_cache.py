@@ -15,6 +15,10 @@ class KVCache:
         config: of the model.
         batch_size: sequences decoded together.
         max_seq_len: room for prompt and new tokens; by default the config's.
+
+    Attributes:
+        length: positions that hold a token.
+        padding: int64 [batch], how many of the first positions of each sequence hold none; None for no padding.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.length = 0
+        self.padding: Tensor | None = None
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores [B, heads, T, head_dim] at the current position; returns all keys and values up to it."""
@@ -50,13 +55,22 @@ class KVCache:
         return table[self.length : self.length + T]
 
     def mask(self, T: int) -> Tensor | None:
-        """Which of the keys that :meth:`append` returns the next T tokens see, bool [T, keys]; None for what causal
-        attention of T queries with as many keys, or of one query with all keys, does by itself.
+        """Which of the keys that :meth:`append` returns the next T tokens see, bool [T, keys], with padding
+        [batch, 1, T, keys]; None for what causal attention of T queries with as many keys, or of one query with all
+        keys, does by itself.
         """
-        if self.length == 0 or T == 1:
+        if self.padding is None and (self.length == 0 or T == 1):
             return None
         positions = torch.arange(self.length + T, device=self.keys[0].device)
-        return positions[None, :] <= positions[self.length :, None]
+        return self._without_padding(positions, positions[self.length :])
+
+    def _without_padding(self, keys: Tensor, queries: Tensor) -> Tensor:
+        """The mask of positions; a position of padding sees itself, since a row of nothing would be NaN."""
+        causal = keys[None, :] <= queries[:, None]
+        if self.padding is None:
+            return causal
+        real = (keys >= self.padding[:, None])[:, None, None]
+        return causal & (real | (keys[None, :] == queries[:, None]))
 
     def advance(self, T: int) -> None:
         """Counts the T tokens that every layer has appended."""
@@ -100,7 +114,7 @@ class SteadyKVCache(KVCache):
         return table.index_select(0, self._next(T))
 
     def mask(self, T: int) -> Tensor | None:
-        return self._positions[None, :] <= self._next(T)[:, None]
+        return self._without_padding(self._positions, self._next(T))
 
     def advance(self, T: int) -> None:
         self.length += T

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from bitnet_ext import ops
 from bitnet_ext.models.config import BitNetConfig
 from bitnet_ext.models.kv_cache import KVCache
+from bitnet_ext.models.seeding import drawing_from
 from bitnet_ext.nn import BitLinear, RMSNorm, WeightCache
 from bitnet_ext.nn.fused import apart, glu_linear, norm_linear, side_by_side
 from bitnet_ext.ops.attention import apply_rotary
@@ -48,6 +49,20 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     return out.transpose(1, 2).flatten(-2)
 
 
+def document_mask(documents: Tensor, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    """Which keys each query sees, bool [B, 1, T, T]: those of its own document up to itself."""
+    if cache is not None:
+        raise ValueError("BitNetForCausalLM: documents must be None with a cache")
+    if documents.shape != input_ids.shape or documents.is_floating_point():
+        raise ValueError(
+            f"BitNetForCausalLM: documents must be integers of the shape of input_ids, {list(input_ids.shape)}, "
+            f"got {documents.dtype} of shape {list(documents.shape)}"
+        )
+    T = documents.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
+
+
 class Attention(nn.Module):
     """Causal attention with grouped queries; input and output products are BitLinear."""
 
@@ -69,13 +84,22 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: KVCache | None
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        norm: RMSNorm,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Of ``norm(x + delta)``: the output, and that sum."""
+        """Of ``norm(x + delta)``: the output, and that sum; mask: bool [B, 1, T, T] instead of the causal one."""
         norms = [norm] if self.input_norm is None else [norm, self.input_norm]
         layers = (self.q_proj, self.k_proj, self.v_proj)
         parts, x = norm_linear(x, delta, norms, layers, self.qkv_cache)
-        if cache is None:
+        if mask is not None:
+            out = causal_attention(*self._rotated(parts, cos, sin), mask)
+        elif cache is None:
             out = ops.rotary_attention(
                 side_by_side(parts), cos, sin, self.num_heads, self.num_kv_heads, overwrite_qkv=True
             )
@@ -83,10 +107,14 @@ class Attention(nn.Module):
             out = self._continue(parts, cos, sin, cache)
         return self.o_proj(out), x
 
+    def _rotated(self, parts: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query and key, turned by position, and value: [B, heads, T, head_dim] each."""
+        query, key, value = (split_heads(part, self.head_dim) for part in apart(parts, self.sizes))
+        return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
+
     def _continue(self, parts: list[Tensor], cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
         """Attention of tokens that follow those in the cache."""
-        query, key, value = (split_heads(part, self.head_dim) for part in apart(parts, self.sizes))
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        query, key, value = self._rotated(parts, cos, sin)
         mask = cache.mask(query.shape[2])
         key, value = cache.append(self.layer, key, value)
         return causal_attention(query, key.to(query.dtype), value.to(query.dtype), mask)
@@ -127,10 +155,16 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream ``x + delta`` with the attention added, and what the feed-forward net adds to it."""
-        delta, x = self.attention(x, delta, self.attention_norm, cos, sin, cache)
+        delta, x = self.attention(x, delta, self.attention_norm, cos, sin, cache, mask)
         delta, x = self.feed_forward(x, delta, self.feed_forward_norm)
         return x, delta
 
@@ -143,7 +177,8 @@ class BitNetForCausalLM(nn.Module):
 
     Args:
         config: see :class:`BitNetConfig`; presets through :func:`bitnet_ext.models.preset`.
-        seed: of the initialisation, drawn from a generator of its own; None uses torch's global one.
+        seed: of the initialisation, drawn from a generator of its own on each device: the global generators are
+            neither read nor set, also in threads. None uses torch's global ones.
 
     Shapes: input ids int64 [B, T] -> logits [B, T, V].
     """
@@ -154,9 +189,7 @@ class BitNetForCausalLM(nn.Module):
     def __init__(self, config: BitNetConfig, *, seed: int | None = None) -> None:
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with drawing_from(seed):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
             self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -189,8 +222,26 @@ class BitNetForCausalLM(nn.Module):
         """[.., V] of hidden states [.., H], by whatever the output head is."""
         return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Hidden states after the final norm, [B, T, H]; with a cache, of the tokens that follow it."""
+    @staticmethod
+    def document_numbers(input_ids: Tensor, separator: int) -> Tensor:
+        """`documents` of :meth:`hidden_states`, int64 [B, T], for rows in which the token `separator` ends a document
+        and belongs to it.
+        """
+        ends = (input_ids == separator).long()
+        return ends.cumsum(1) - ends
+
+    def hidden_states(
+        self, input_ids: Tensor, cache: KVCache | None = None, *, documents: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm, [B, T, H]; with a cache, of the tokens that follow it.
+
+        Args:
+            input_ids: int64 [B, T].
+            cache: of the tokens before; not with documents.
+            documents: integers [B, T], equal for the tokens of a document: a token attends to the tokens of its own
+                document up to itself. Positions go on through a row, which changes nothing, since the rotary
+                embedding is one of differences. An attention mask of 0 (padding) and 1 can be given here.
+        """
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
             raise ValueError(
                 f"BitNetForCausalLM: input_ids must be int64 of shape [B, T], "
@@ -203,19 +254,22 @@ class BitNetForCausalLM(nn.Module):
                 f"BitNetForCausalLM: input_ids must end within max_seq_len = {self.config.max_seq_len} "
                 f"tokens, got {start + T}"
             )
+        mask = None if documents is None else document_mask(documents, input_ids, cache)
         # In float32, also in a model cast to bfloat16.
         cos, sin = (
             (table[:T] if cache is None else cache.rows(table, T)).float() for table in (self.cos, self.sin)
         )
         x, delta = self.embed_tokens(input_ids), None
         for layer in self.layers:
-            x, delta = layer(x, delta, cos, sin, cache)
+            x, delta = layer(x, delta, cos, sin, cache, mask)
         if cache is not None:
             cache.advance(T)
         return self.final_norm.add(x, delta)[0]
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.logits(self.hidden_states(input_ids, cache))
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, *, documents: Tensor | None = None
+    ) -> Tensor:
+        return self.logits(self.hidden_states(input_ids, cache, documents=documents))
 
     def num_parameters(self) -> dict[str, int]:
         """Parameter counts: total, ternary (in quantised layers), embedding and head, norm gains."""

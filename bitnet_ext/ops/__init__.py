@@ -3,6 +3,7 @@
 Shapes: M tokens, N out_features, K in_features. Activations keep their leading dimensions.
 """
 
+from bitnet_ext import _load, _ops  # noqa: F401
 from bitnet_ext.ops.attention import rotary_attention, rotary_attention_ref
 from bitnet_ext.ops.bit_linear import (
     BACKWARDS,
@@ -196,3 +197,5 @@ __all__ = [
     "unprepack_ternary",
     "unprepack_ternary_ref",
 ]
+
+_ops.register()  # torch.ops.bitnet_ext: schemas and kernels by _load, fakes and gradients here

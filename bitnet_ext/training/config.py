@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,129 +16,205 @@ WD_SCHEDULES = ("constant", "two-stage", "cosine-then-off")
 PRECISIONS = ("fp32", "bf16")
 BACKWARDS = ("exact", "int8")
 SAMPLING = ("shuffled", "sequential")
+FINAL_CHECKPOINTS = ("full", "model", "none")
 #: Parts of a model's parameters that weight decay can be given to one by one.
 DECAY_GROUPS = ("gains", "final_gain", "embedding", "head", "linear")
 
 
+#: Groups of fields, in the order in which help and documentation show them.
+GROUPS = {
+    "length": "length and batches",
+    "arithmetic": "arithmetic",
+    "optimiser": "optimiser",
+    "schedule": "schedule of learning rate and weight decay",
+    "objective": "objective",
+    "evaluation": "evaluation",
+    "output": "output",
+}
+
+#: Steps of the longest warm-up that is chosen when none is given.
+LONGEST_WARMUP = 375
+
+
+def _field(default: Any, group: str, words: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with its words: the only place they are written. ``bitnet-ext train --help`` and TrainConfig's docstring
+    take them from here.
+    """
+    return dataclasses.field(default=default, metadata={"group": group, "words": words, "choices": choices})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run.
+    """A training run, as data: the same fields are options of ``bitnet-ext train``."""
 
-    Attributes:
-        steps: optimiser steps.
-        batch_size: rows of an optimiser step over all processes; a row is seq_len + 1 consecutive tokens.
-        seq_len: predictions in a row.
-        accumulation: micro-batches that a step's rows are cut into.
-        sampling: "shuffled" (each row once an epoch, a new order every epoch) or "sequential".
-        seed: of the order of rows.
-        precision: "fp32", or "bf16" autocast with float32 parameters and optimiser state.
+    steps: int = _field(1000, "length", "optimiser steps")
+    batch_size: int = _field(
+        16, "length", "rows of an optimiser step over all processes; a row is seq_len + 1 consecutive tokens"
+    )
+    seq_len: int = _field(256, "length", "predictions in a row")
+    accumulation: int = _field(1, "length", "micro-batches that the rows of a step are cut into")
+    sampling: str = _field(
+        "shuffled",
+        "length",
+        "order of the rows: shuffled (each row once an epoch, a new order every epoch) or sequential",
+        SAMPLING,
+    )
+    seed: int = _field(0, "length", "seed of the order of the rows")
+    document_separator: int | None = _field(
+        None,
+        "length",
+        "id of the token that ends a document; with it, attention does not cross from one document of a row into "
+        "the next; none for attention over the whole row",
+    )
 
-        backward: how ternary layers compute their gradients, "exact" or "int8", see
-            :func:`bitnet_ext.ops.bit_linear`.
+    precision: str = _field(
+        "fp32",
+        "arithmetic",
+        "fp32, or bf16: autocast with float32 parameters and optimiser state",
+        PRECISIONS,
+    )
+    backward: str = _field(
+        "exact",
+        "arithmetic",
+        "gradients of ternary layers: exact, or int8 products (bitnet_ext.ops.bit_linear)",
+        BACKWARDS,
+    )
+    cuda_graph: bool = _field(
+        True,
+        "arithmetic",
+        "capture the whole step in a CUDA graph; without effect on a CPU and with several processes",
+    )
 
-        optimizer: "adam_l2", L2 in the gradient as ``torch.optim.Adam(weight_decay=...)``, "adamw",
-            decoupled decay, "muon" (:class:`bitnet_ext.training.muon.Muon`) for the matrices between
-            embedding and head with "adamw" for all else, or "sgd_l2", ``torch.optim.SGD(momentum, weight_decay)``.
-        lr, weight_decay: of the optimiser.
-        beta1, beta2, eps: of Adam. momentum: of SGD.
-        muon_lr: peak learning rate of Muon's matrices, which follow the schedule of lr.
-        muon_momentum: of Muon.
-        decay_before_clip: whether the L2 term is in the gradient before its norm is clipped, instead of added to the
-            clipped gradient; only with "adam_l2" and "sgd_l2". "grad_norm" is then that of the sum.
-        decay_norms: whether weight decay reaches norm gains and biases (all 1-D parameters).
-        decay_embeddings: whether it reaches the embedding and the output head.
-        decay_only: the groups that weight decay reaches, separated by commas, instead of what the two before say:
-            "gains" (of all norms but the last; biases too), "final_gain", "embedding", "head" (of its own, a tied
-            one is "embedding"), "linear" (all other matrices).
-        lr_schedule: see :func:`bitnet_ext.training.schedules.learning_rates`.
-        warmup_steps: linear warm-up from 0.
-        schedule_steps: length of the schedule; None for `steps`.
-        lr_second: peak of the second stage of "two-stage"; None for 2/3 of lr, as in the b1.58 FAQ.
-        lr_final: LR at the end of "linear" and "cosine", as a share of lr.
-        first_step_at_peak: the collapse report's off-by-one: the first step is taken at the full LR and
-            each later one at the previous step's.
-        wd_schedule: see :func:`bitnet_ext.training.schedules.weight_decays`.
-        wd_second: weight decay of the second stage.
-        grad_clip: largest global gradient norm; None for no clipping.
+    optimizer: str = _field(
+        "adamw",
+        "optimiser",
+        "adamw (decoupled weight decay), adam_l2 (decay in the gradient, as torch.optim.Adam), muon (for the matrices "
+        "between embedding and head, adamw for the rest) or sgd_l2 (torch.optim.SGD with momentum)",
+        OPTIMIZERS,
+    )
+    lr: float = _field(1.5e-3, "optimiser", "peak learning rate")
+    beta1: float = _field(0.9, "optimiser", "decay of Adam's first moment")
+    beta2: float = _field(0.95, "optimiser", "decay of Adam's second moment")
+    eps: float = _field(1e-8, "optimiser", "epsilon of Adam")
+    weight_decay: float = _field(0.1, "optimiser", "weight decay")
+    muon_lr: float = _field(
+        0.02, "optimiser", "peak learning rate of Muon's matrices; it follows the schedule of lr"
+    )
+    muon_momentum: float = _field(0.95, "optimiser", "momentum of Muon")
+    momentum: float = _field(0.9, "optimiser", "momentum of SGD")
+    grad_clip: float | None = _field(1.0, "optimiser", "largest global gradient norm; none for no clipping")
+    decay_before_clip: bool = _field(
+        False,
+        "optimiser",
+        "add the L2 term to the gradient before its norm is clipped instead of after; for adam_l2 and sgd_l2. "
+        "grad_norm is then the norm of the sum",
+    )
+    decay_norms: bool = _field(
+        False, "optimiser", "apply weight decay to norm gains and biases (all 1-D parameters)"
+    )
+    decay_embeddings: bool = _field(
+        True, "optimiser", "apply weight decay to the embedding and the output head"
+    )
+    decay_only: str | None = _field(
+        None,
+        "optimiser",
+        "groups that weight decay reaches, separated by commas, instead of the two options before: gains (of all "
+        "norms but the last; biases too), final_gain, embedding, head (a tied head is embedding), linear (all other "
+        "matrices)",
+    )
 
-        label_smoothing, z_loss, entropy_weight, diversity_weight, output_l2: terms of the objective, see
-            :func:`bitnet_ext.ops.linear_cross_entropy`; the last weighs the sum of squares of the output head.
+    lr_schedule: str = _field(
+        "two-stage",
+        "schedule",
+        "learning rate over the run: constant, linear, cosine, two-stage (b1.58 FAQ) or report (the collapse "
+        "report's); see bitnet_ext.training.learning_rates",
+        LR_SCHEDULES,
+    )
+    warmup_steps: int | None = _field(
+        None,
+        "schedule",
+        f"steps of a linear warm-up from 0; none for a tenth of the schedule, at most {LONGEST_WARMUP}",
+    )
+    schedule_steps: int | None = _field(None, "schedule", "length of the schedule; none for steps")
+    lr_second: float | None = _field(
+        None, "schedule", "peak of the second stage of two-stage; none for 2/3 of lr, as in the b1.58 FAQ"
+    )
+    lr_final: float = _field(0.0, "schedule", "end of linear and cosine, as a share of lr")
+    first_step_at_peak: bool = _field(
+        False,
+        "schedule",
+        "take the first step at the full learning rate and each later one at that of the step before (the collapse "
+        "report's off-by-one)",
+    )
+    wd_schedule: str = _field(
+        "two-stage",
+        "schedule",
+        "weight decay over the run: constant, two-stage (weight_decay, then wd_second from half of the schedule) or "
+        "cosine-then-off; see bitnet_ext.training.weight_decays",
+        WD_SCHEDULES,
+    )
+    wd_second: float = _field(0.0, "schedule", "weight decay of the second half")
 
-        cuda_graph: capture the whole step in a CUDA graph (one process on a GPU; else without effect).
-        log_interval: steps between "train" lines of the metrics file.
-        checkpoint_interval: steps between checkpoints; None for none by steps.
-        checkpoint_seconds: seconds between checkpoints of a run of one process; None for none by time.
-        final_checkpoint: what the checkpoint at the end holds: "full", "model" (weights only) or "none".
-        tensorboard: also write scalars for TensorBoard (extra `tensorboard`).
-    """
+    label_smoothing: float = _field(
+        0.0, "objective", "share of the target that is spread over the vocabulary"
+    )
+    z_loss: float = _field(0.0, "objective", "weight of the mean squared log-sum-exp of the logits")
+    entropy_weight: float = _field(
+        0.0, "objective", "weight of the mean entropy of the predictions, which is rewarded"
+    )
+    diversity_weight: float = _field(
+        0.0, "objective", "weight of the entropy of the mean prediction, which is rewarded"
+    )
+    output_l2: float = _field(0.0, "objective", "weight of the sum of squares of the output head")
 
-    steps: int = 1000
-    batch_size: int = 16
-    seq_len: int = 256
-    accumulation: int = 1
-    sampling: str = "shuffled"
-    seed: int = 0
-    precision: str = "fp32"
-    backward: str = "exact"
+    eval_interval: int | None = _field(
+        None,
+        "evaluation",
+        "steps between measurements of held-out loss, perplexity and bits per byte; none for none",
+    )
+    eval_tokens: int = _field(
+        8192, "evaluation", "most held-out predictions of a measurement, spread evenly over the held-out text"
+    )
 
-    optimizer: str = "adamw"
-    lr: float = 1.5e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    muon_lr: float = 0.02
-    muon_momentum: float = 0.95
-    momentum: float = 0.9
-    decay_before_clip: bool = False
-    decay_norms: bool = False
-    decay_embeddings: bool = True
-    decay_only: str | None = None
-    lr_schedule: str = "two-stage"
-    warmup_steps: int = 375
-    schedule_steps: int | None = None
-    lr_second: float | None = None
-    lr_final: float = 0.0
-    first_step_at_peak: bool = False
-    wd_schedule: str = "two-stage"
-    wd_second: float = 0.0
-    grad_clip: float | None = 1.0
-
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    entropy_weight: float = 0.0
-    diversity_weight: float = 0.0
-    output_l2: float = 0.0
-
-    cuda_graph: bool = True
-    log_interval: int = 10
-    checkpoint_interval: int | None = None
-    checkpoint_seconds: float | None = 120.0
-    final_checkpoint: str = "full"
-    tensorboard: bool = False
+    log_interval: int = _field(10, "output", 'steps between "train" lines of metrics.jsonl')
+    checkpoint_interval: int | None = _field(
+        None, "output", "steps between checkpoints; none for none by steps"
+    )
+    checkpoint_seconds: float | None = _field(
+        120.0, "output", "seconds between checkpoints of a run of one process; none for none by time"
+    )
+    final_checkpoint: str = _field(
+        "full",
+        "output",
+        "contents of the checkpoint at the end: full, model (weights only) or none",
+        FINAL_CHECKPOINTS,
+    )
+    tensorboard: bool = _field(
+        False, "output", "also write scalars for TensorBoard (needs the package tensorboard)"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "accumulation", "log_interval"):
+        for name in ("steps", "batch_size", "seq_len", "accumulation", "log_interval", "eval_tokens"):
             self._require(
                 name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an integer >= 1"
             )
-        for name in ("schedule_steps", "checkpoint_interval"):
+        for name in ("schedule_steps", "checkpoint_interval", "eval_interval"):
             value = getattr(self, name)
             self._require(
                 name, value is None or (isinstance(value, int) and value >= 1), "an integer >= 1 or None"
             )
-        self._require("warmup_steps", self.warmup_steps >= 0, ">= 0")
+        for name in ("warmup_steps", "document_separator"):
+            value = getattr(self, name)
+            self._require(
+                name, value is None or (isinstance(value, int) and value >= 0), "an integer >= 0 or None"
+            )
         self._require("batch_size", self.batch_size % self.accumulation == 0, "a multiple of accumulation")
-        for name, accepted in (
-            ("optimizer", OPTIMIZERS),
-            ("lr_schedule", LR_SCHEDULES),
-            ("wd_schedule", WD_SCHEDULES),
-            ("precision", PRECISIONS),
-            ("backward", BACKWARDS),
-            ("sampling", SAMPLING),
-            ("final_checkpoint", ("full", "model", "none")),
-        ):
-            self._require(name, getattr(self, name) in accepted, f"one of {', '.join(accepted)}")
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            if choices is not None:
+                self._require(
+                    field.name, getattr(self, field.name) in choices, f"one of {', '.join(choices)}"
+                )
         for name in ("lr", "muon_lr", "weight_decay", "wd_second", "eps", "lr_final"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "finite and >= 0")
@@ -169,6 +246,13 @@ class TrainConfig:
         return self.optimizer in COUPLED
 
     @property
+    def warmup(self) -> int:
+        """Steps of the warm-up: warmup_steps, or a tenth of the schedule's steps when that is None."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(LONGEST_WARMUP, math.ceil((self.schedule_steps or self.steps) / 10))
+
+    @property
     def tokens_per_step(self) -> int:
         """Predictions of an optimiser step."""
         return self.batch_size * self.seq_len
@@ -183,3 +267,18 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"TrainConfig: unknown keys {unknown}; accepted are {sorted(known)}")
         return cls(**values)
+
+
+def _described() -> str:
+    """The docstring's list of fields, from the words of each."""
+    lines = [TrainConfig.__doc__ or "", "", "    Attributes:"]
+    for key, title in GROUPS.items():
+        lines += ["", f"        {title[0].upper()}{title[1:]}:"]
+        for field in dataclasses.fields(TrainConfig):
+            if field.metadata["group"] == key:
+                words = f"{field.name}: {field.metadata['words']} (default {field.default!r})."
+                lines += textwrap.wrap(words, 110, initial_indent=" " * 12, subsequent_indent=" " * 16)
+    return "\n".join([*lines, "    "])
+
+
+TrainConfig.__doc__ = _described()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,3 +57,26 @@ def wait_for_all(world: World) -> None:
     """Returns once every process has called it."""
     if world.size > 1:
         dist.barrier()
+
+
+def in_main_process(world: World, act: Callable[[], None]) -> None:
+    """Calls `act` in the main process. Every process returns, or raises, once it has ended.
+
+    Raises:
+        OSError: of `act`; in the other processes one with the same message.
+    """
+    if world.size == 1:
+        act()
+        return
+    error: OSError | None = None
+    message: list[str | None] = [None]
+    if world.is_main:
+        try:
+            act()
+        except OSError as problem:
+            error, message = problem, [str(problem)]
+    dist.broadcast_object_list(message, src=0)
+    if error is not None:
+        raise error
+    if message[0] is not None:
+        raise OSError(message[0])

@@ -13,7 +13,7 @@ from bitnet_ext.training.config import TrainConfig
 def learning_rates(config: TrainConfig) -> NDArray[np.float64]:
     """Learning rate of steps 1..steps.
 
-    With T = schedule_steps, t the step and a linear warm-up over the first warmup_steps:
+    With T = schedule_steps, t the step and a linear warm-up over the first config.warmup steps:
 
     * "constant": lr.
     * "linear": lr at the end of the warm-up to lr * lr_final at T.
@@ -29,7 +29,7 @@ def learning_rates(config: TrainConfig) -> NDArray[np.float64]:
     if config.first_step_at_peak:
         t = t - 1
     T = float(config.schedule_steps or config.steps)
-    W = float(config.warmup_steps)
+    W = float(config.warmup)
     clipped = np.minimum(t, T)
     after_warmup = np.clip((clipped - W) / max(T - W, 1.0), 0.0, 1.0)
     peak = config.lr

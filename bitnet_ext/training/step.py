@@ -29,13 +29,13 @@ from bitnet_ext.ops import QuantizedWeight
 from bitnet_ext.training.adam import FusedAdam
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.distributed import World, mean_over_ranks
-from bitnet_ext.training.objective import LanguageModelLoss
+from bitnet_ext.training.objective import MAX_PARTS, PARTS, LanguageModelLoss, LossFunction
 from bitnet_ext.training.optimizer import Optimizer
 from bitnet_ext.training.overlap import Overlap
 from bitnet_ext.training.schedules import hyper_table
 
-#: Columns of a step's record.
-RECORD = ("loss", "cross_entropy", "entropy", "grad_norm")
+#: Columns of a step's record, unless the loss is the caller's own.
+RECORD = ("loss", *PARTS, "grad_norm")
 
 #: Steps whose rows are sent to a GPU at once: the host looks at the device once in so many steps.
 BLOCK_STEPS = 64
@@ -54,7 +54,7 @@ class NonFiniteGradientError(ArithmeticError):
 
     Attributes:
         step: number of the step, from 1.
-        records: float32 [n, 4], of the steps of the same call before it.
+        records: float32 [n, columns], of the steps of the same call before it.
     """
 
     def __init__(self, step: int, names: list[str], records: Tensor) -> None:
@@ -73,6 +73,7 @@ class TrainStep:
         config: of the run.
         device: cpu or cuda.
         world: this process among all.
+        loss_fn: the loss, instead of the terms of the configuration.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class TrainStep:
         config: TrainConfig,
         device: torch.device,
         world: World,
+        loss_fn: LossFunction | None = None,
     ) -> None:
         self.config = config
         self.optimizer = optimizer
@@ -89,8 +91,9 @@ class TrainStep:
         self.world = world
         self._model = model
         set_backward(model, cast(ops.Backward, config.backward))
-        loss = LanguageModelLoss(model, config)
+        self._objective = loss = LanguageModelLoss(model, config, loss_fn)
         self._loss: nn.Module = DistributedDataParallel(loss) if world.size > 1 else loss
+        self._width = len(RECORD) if loss_fn is None else MAX_PARTS + 2
         self._allocate(BLOCK_STEPS if device.type == "cuda" else 1)
         self._table = torch.from_numpy(hyper_table(config)).to(device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -114,9 +117,9 @@ class TrainStep:
         self._rows = torch.zeros(shape, dtype=torch.int64, device=device)
         # From pinned memory the rows reach the device without the host waiting for it.
         self._host_rows = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._record = torch.zeros(block_steps, len(RECORD), device=device)
+        self._record = torch.zeros(block_steps, self._width, device=device)
         # Filled behind the last step: a copy asked for when the steps are done would wait for the other runs' kernels.
-        self._host_record = torch.zeros(block_steps, len(RECORD), pin_memory=device.type == "cuda")
+        self._host_record = torch.zeros(block_steps, self._width, pin_memory=device.type == "cuda")
         self._recorded = torch.cuda.Event() if device.type == "cuda" else None
         self._offsets = torch.arange(block_steps, device=device)
 
@@ -128,15 +131,22 @@ class TrainStep:
         (:func:`bitnet_ext.ops.sum_rows`) is cheaper than the zeros.
         """
         tokens = self.config.tokens_per_step
+        if self._objective.loss_fn is not None:
+            return False  # which may read the embedding in another way too
         few = self.device.type == "cpu" or tokens <= min(MAX_ROW_TOKENS, model.config.vocab_size)
         alone = self.world.size == 1 and model.lm_head is not None
         return few and alone and self.optimizer.takes_rows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Columns of a record; those of a loss of one's own are known after the first step."""
+        return ("loss", *self._objective.parts, "grad_norm")
 
     def run(self, start: int, rows: NDArray[np.int64]) -> Tensor:
         """Runs the steps start + 1 .. start + n for rows [n, local batch, seq_len + 1], n <= block_steps.
 
         Returns:
-            float32 [n, 4] on the CPU: see RECORD, averaged over processes.
+            float32 [n, columns] on the CPU: see :attr:`names`, averaged over processes.
 
         Raises:
             NonFiniteGradientError: a gradient held NaN or Inf. On a GPU the steps after it in this call were run
@@ -182,8 +192,8 @@ class TrainStep:
         start, count = self._launched
         if self._recorded is not None:
             self._recorded.synchronize()
-        records = self._host_record[:count].clone()
-        if not torch.isfinite(records[:, RECORD.index("grad_norm")]).all():
+        records = self._host_record[:count, : len(self.names)].clone()
+        if not torch.isfinite(records[:, self.names.index("grad_norm")]).all():
             bad = self.optimizer.first_bad_step()
             if bad is not None:
                 raise NonFiniteGradientError(bad[0] + 1, bad[1], records[: bad[0] - start])
@@ -226,7 +236,7 @@ class TrainStep:
         numbers = self._step + self._offsets[:count]
         rows = self._rows.index_select(0, positions)
         hyper = self._table.index_select(0, numbers)
-        records = torch.empty(count, len(RECORD), device=self.device)
+        records = torch.empty(count, self._width, device=self.device)
         if self._overlap is not None:
             self._overlap.begin(rows[:, 0].flatten(1), hyper)
         for index in range(count):
@@ -237,7 +247,7 @@ class TrainStep:
             if self._overlap is None:
                 norm, scale = self.optimizer.grad_norm_and_scale(self._number)
                 self.optimizer.step(hyper[index], scale)
-                torch.stack([*values, norm], out=records[index])
+                torch.stack([*values, norm], out=records[index, : len(values) + 1])
                 continue
             squares = self._overlap.squares_of_head()
             norm, scale = self.optimizer.grad_norm_and_scale(self._number, squares)
@@ -247,9 +257,9 @@ class TrainStep:
         self._step += count
 
     def _gradients(self, rows: Tensor) -> list[Tensor]:
-        """Forward and backward of rows int64 [2, B, seq_len]; the first three values of the step's record."""
+        """Forward and backward of rows int64 [2, B, seq_len]; the step's record but for the gradient norm."""
         accumulation = self.config.accumulation
-        sums = torch.zeros(3, device=self.device) if accumulation > 1 else None
+        sums: Tensor | None = None
         for index, micro_rows in enumerate(rows.chunk(accumulation, 1)):
             last = index == accumulation - 1
             together = last or self.world.size == 1
@@ -259,11 +269,12 @@ class TrainStep:
                 resident_weights(self._resident),
                 self._row_gradient(),
             ):
-                loss, cross_entropy, entropy = self._loss(micro_rows[0], micro_rows[1])
+                loss, *parts = self._loss(micro_rows[0], micro_rows[1])
                 (loss / accumulation if accumulation > 1 else loss).backward()
-            values = [loss.detach(), cross_entropy, entropy]
-            if sums is not None:
-                sums += torch.stack(values) / accumulation
+            values = [loss.detach(), *parts]
+            if accumulation > 1:
+                share = torch.stack(values) / accumulation
+                sums = share if sums is None else sums + share
         if not self._looked_for_caches:  # after the first forward they hold something
             self._looked_for_caches = True
             self._keep_codes()
@@ -271,6 +282,7 @@ class TrainStep:
 
     def _start_overlap(self, stream: torch.cuda.Stream | None) -> None:
         """Lets parts of several steps run beside each other, where the step is one that can be cut so."""
+        # With a loss of one's own there is no embedding that takes rows, hence no overlap.
         head, embedding = self._model.lm_head, self._embedding
         one_by_one = self.config.accumulation > 1 or self.config.steps < UNROLLED_STEPS
         optimizer = self.optimizer if isinstance(self.optimizer, FusedAdam) else None
@@ -278,7 +290,7 @@ class TrainStep:
             return
         if head.weight.requires_grad and embedding.weight.requires_grad:
             self._overlap = Overlap(optimizer, head.weight, embedding.weight, stream)
-            cast(LanguageModelLoss, self._loss).before_head = self._overlap.before_head
+            self._objective.before_head = self._overlap.before_head
 
     def _capture(self) -> None:
         """Captures :meth:`_make`, after a warm-up that changes neither parameters nor moments.

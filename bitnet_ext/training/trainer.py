@@ -5,45 +5,71 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from bitnet_ext.data.sampling import Order, RowSampler
+from bitnet_ext.metrics.perplexity import Decoder
 from bitnet_ext.models import BitNetForCausalLM
+from bitnet_ext.training.callbacks import Callback, Callbacks
 from bitnet_ext.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     latest_checkpoint,
     load_weights,
     read_checkpoint,
+    remove_leftovers,
     write_checkpoint,
     write_text_atomic,
 )
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.device import resolve_device
 from bitnet_ext.training.distributed import join_world, wait_for_all
+from bitnet_ext.training.heldout import HeldOutLoss
 from bitnet_ext.training.metrics_log import MetricsLog
+from bitnet_ext.training.objective import PARTS, LossFunction
 from bitnet_ext.training.optimizer import Optimizer
+from bitnet_ext.training.progress import Progress
+from bitnet_ext.training.provenance import (
+    TokenSource,
+    check_same_run,
+    model_to_train,
+    provenance,
+    token_stream,
+)
+from bitnet_ext.training.random_state import random_state, restore_random_state
+from bitnet_ext.training.run_lock import locked_run
 from bitnet_ext.training.schedules import learning_rates, weight_decays
 from bitnet_ext.training.signals import stop_on_signals
-from bitnet_ext.training.step import RECORD, NonFiniteGradientError, TrainStep
+from bitnet_ext.training.step import NonFiniteGradientError, TrainStep
+from bitnet_ext.training.tensors import plain_name
 from bitnet_ext.training.update_rules import make_optimizer
 
 #: Fields that may differ between a run and its resumption: they do not change what is computed.
-_FREE_ON_RESUME = frozenset(
-    ("cuda_graph", "checkpoint_interval", "checkpoint_seconds", "final_checkpoint", "tensorboard")
+FREE_ON_RESUME = frozenset(
+    (
+        "cuda_graph",
+        "eval_interval",
+        "eval_tokens",
+        "checkpoint_interval",
+        "checkpoint_seconds",
+        "final_checkpoint",
+        "tensorboard",
+    )
 )
 
 
 #: File of a run that ended before its last step because a number was not finite: its step and the reason.
 ENDED = "ended.json"
+_T = TypeVar("_T")
 _NO_SUMS: dict[str, float] = {"steps": 0, "clipped": 0, "loss": 0.0, "cross_entropy": 0.0}
 
 
@@ -93,15 +119,29 @@ class Trainer:
     """Trains a model on a stream of token ids.
 
     Args:
-        model: moved to the device.
+        model: a BitNetForCausalLM, moved to the device. Of a ``torch.compile(model)`` the module inside is
+            trained and saved.
         config: of the run.
-        tokens: training stream, integer ids [n] (a memory-mapped array does not get read as a whole).
-        run_dir: for metrics.jsonl and checkpoints; None writes nothing.
+        tokens: training stream, integer ids [n]: a numpy array or memory map, a torch tensor, a list; or a
+            :class:`bitnet_ext.data.Corpus`, whose training part is used and whose text and tokenizer the
+            checkpoints then name.
+        run_dir: for metrics.jsonl and checkpoints; None writes nothing. One process at a time trains into it.
         device: "auto", "cpu", "cuda", "cuda:N".
-        evaluator: called at `eval_steps`.
+        evaluator: called at `eval_steps` and every config.eval_interval steps; without one, an eval_interval asks for
+            loss, perplexity and (with a tokenizer) bits per byte of `heldout`.
         eval_steps: steps, counted from 1.
+        heldout: held-out ids [n] for an eval_interval.
+        tokenizer: of the ids, with a method ``decode``; for bits per byte.
+        callbacks: hooks, see :class:`bitnet_ext.training.Callback`.
+        loss_fn: ``loss_fn(model, ids, targets)`` of ids and targets int64 [B, seq_len] computes the loss, or a pair of
+            it and a dict of named parts for metrics.jsonl, instead of the objective of `config`. The gradients, the
+            optimiser and everything else stay; on a GPU it is captured in a CUDA graph (unless config.cuda_graph is
+            False), so it must not read numbers on the host.
         start_from: a full checkpoint of another run to go on from: weights, moments, step and cumulative learning
             rate are taken over, settings are not compared.
+        init_from: a checkpoint whose weights the run begins with, as in fine-tuning: at step 0, with moments of 0
+            and the schedule of `config`. Names and shapes must agree. Its path as of
+            :func:`bitnet_ext.training.resolve_checkpoint`, also for start_from.
         reset_moments: with start_from, begin with moments of 0 (bias corrections go on counting).
         snapshot_steps: steps after which a full checkpoint is kept in run_dir/snapshots.
 
@@ -113,16 +153,24 @@ class Trainer:
         self,
         model: BitNetForCausalLM,
         config: TrainConfig,
-        tokens: NDArray[Any],
+        tokens: TokenSource,
         *,
         run_dir: Path | str | None = None,
         device: str | torch.device = "auto",
         evaluator: Evaluator | None = None,
         eval_steps: Iterable[int] = (),
         start_from: Path | str | Checkpoint | None = None,
+        init_from: Path | str | Checkpoint | None = None,
         reset_moments: bool = False,
         snapshot_steps: Iterable[int] = (),
+        heldout: NDArray[Any] | None = None,
+        tokenizer: Decoder | None = None,
+        callbacks: Sequence[Callback] = (),
+        loss_fn: LossFunction | None = None,
     ) -> None:
+        model, stream = model_to_train(model), token_stream(tokens)
+        if start_from is not None and init_from is not None:
+            raise ValueError("Trainer: start_from and init_from exclude each other, got both")
         self.config = config
         self.device = resolve_device(device)
         self.world = join_world(self.device.type)
@@ -139,10 +187,10 @@ class Trainer:
                 f"Trainer: seq_len must be at most the model's max_seq_len = {model.config.max_seq_len}, "
                 f"got {config.seq_len}"
             )
-        check_vocabulary(tokens, model.config.vocab_size)
+        check_vocabulary(stream.ids, model.config.vocab_size)
         self.model = model.to(self.device)
         self.sampler = RowSampler(
-            tokens,
+            stream.ids,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             order=cast(Order, config.sampling),
@@ -151,8 +199,23 @@ class Trainer:
             world_size=self.world.size,
         )
         self.run_dir = None if run_dir is None else Path(run_dir)
+        if config.eval_interval is not None:
+            eval_steps = {
+                *eval_steps,
+                *range(config.eval_interval, config.steps, config.eval_interval),
+                config.steps,
+            }
+            if evaluator is None and heldout is None:
+                raise ValueError("Trainer: eval_interval needs heldout (held-out ids) or an evaluator")
+            if evaluator is None and heldout is not None:
+                check_vocabulary(heldout, model.config.vocab_size)
+                evaluator = HeldOutLoss(heldout, config, tokenizer)
         self.evaluator = evaluator
         self.eval_steps = sorted({int(s) for s in eval_steps if 1 <= s <= config.steps}) if evaluator else []
+        self.callbacks = list(callbacks)
+        Callbacks(self.callbacks)  # refuses what is none
+        self.loss_fn = loss_fn
+        _warn_of_warmup(config)
         self.optimizer = make_optimizer(model, config)
         self.step = 0
         self._learning_rates = learning_rates(config)
@@ -161,13 +224,21 @@ class Trainer:
         self._sums = dict(_NO_SUMS)  # since the last evaluation
         self.snapshot_steps = sorted({int(s) for s in snapshot_steps if 1 <= s <= config.steps})
         self.reset_moments = reset_moments
+        self._provenance = provenance(stream, self.device)
         if start_from is not None:
-            whole = start_from if isinstance(start_from, Checkpoint) else read_checkpoint(Path(start_from))
+            whole = start_from if isinstance(start_from, Checkpoint) else read_checkpoint(start_from)
             self._begin_at(whole)
+        if init_from is not None:
+            whole = init_from if isinstance(init_from, Checkpoint) else read_checkpoint(init_from)
+            load_weights(self.model, whole)
+            self._provenance["init_from"] = {"path": str(whole.path), "step": whole.step}
         self._log: MetricsLog | None = None
+        self._calls = Callbacks(())
+        self._display: list[Callback] = []
         self._stop_requested = False
         self._last_record: dict[str, Any] = {}
         self._last_checkpoint = (0, time.monotonic())
+        self._full_step: int | None = None  # of the newest checkpoint that this trainer wrote in full
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -175,6 +246,7 @@ class Trainer:
         self,
         *,
         resume: bool = False,
+        progress: bool = True,
         on_progress: Callable[[int, dict[str, Any]], None] | None = None,
     ) -> None:
         """Trains to config.steps.
@@ -183,6 +255,7 @@ class Trainer:
             resume: continue from the newest checkpoint in run_dir, if there is one. Metrics written after
                 it are cut off and written again: on a CPU the resumed run equals an uninterrupted one bit
                 for bit.
+            progress: show a header and a bar on a terminal, plain lines elsewhere, on stderr (of the main process).
             on_progress: called after each block of steps with the step and its record (and after each
                 evaluation with its results).
 
@@ -190,10 +263,16 @@ class Trainer:
             TrainingDivergedError: NaN or Inf in loss or gradient.
             TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
             FileExistsError: run_dir holds a run and resume is False.
+            RunInUseError: another process trains into run_dir (an OSError).
+            ValueError: on resume settings, model, text or tokenizer differ from the run's, or a checkpoint is damaged.
         """
-        with stop_on_signals(self):
-            for _ in self.advance(resume=resume, on_progress=on_progress):
-                pass
+        self._display = [Progress()] if progress else []
+        try:
+            with stop_on_signals(self):
+                for _ in self.advance(resume=resume, on_progress=on_progress):
+                    pass
+        finally:
+            self._display = []
 
     def advance(
         self,
@@ -207,17 +286,27 @@ class Trainer:
         :func:`bitnet_ext.training.advance_together`.
         Signals are left to the caller; a generator that is closed early leaves what the last checkpoint had.
         """
+        with locked_run(self.run_dir, self.world):
+            yield from self._advance(resume, on_progress)
+
+    def _advance(
+        self, resume: bool, on_progress: Callable[[int, dict[str, Any]], None] | None
+    ) -> Iterator[None]:
         keep_bytes = self._restore() if resume else self._refuse_existing()
         wait_for_all(self.world)  # everyone has looked before the first process writes
         if self.run_dir is not None and self.world.is_main:
             board = self.run_dir / "tensorboard" if self.config.tensorboard else None
             self._log = MetricsLog(self.run_dir / "metrics.jsonl", keep_bytes, board)
             (self.run_dir / ENDED).unlink(missing_ok=True)
+            remove_leftovers(self.run_dir, sole_writer=True)
         self.model.train()
-        runner = TrainStep(self.model, self.optimizer, self.config, self.device, self.world)
+        runner = TrainStep(self.model, self.optimizer, self.config, self.device, self.world, self.loss_fn)
         self._last_checkpoint = (self.step, time.monotonic())
         started, first_step = time.monotonic(), self.step
+        self._calls = Callbacks([*self.callbacks, *self._display] if self.world.is_main else ())
+        error: BaseException | None = None
         try:
+            self._calls.start(self)
             while self.step < self.config.steps:
                 stop = self._next_stop(runner.block_steps)
                 is_eval = stop in self.eval_steps and stop == self.step + 1
@@ -230,7 +319,9 @@ class Trainer:
                 if is_eval:
                     evaluation = self._evaluate(started, first_step)
                     yield
-                    record |= evaluation()
+                    results = evaluation()
+                    self._calls.eval(self, results)
+                    record |= results
                 if on_progress is not None:
                     on_progress(self.step, record)
                 if self.step in self.snapshot_steps:
@@ -241,7 +332,11 @@ class Trainer:
                     raise TrainingInterrupted(f"stopped after step {self.step}; the run can be resumed")
             if self.config.final_checkpoint != "none" and self.step > first_step:
                 self._save(full=self.config.final_checkpoint == "full")
+        except BaseException as ended_by:
+            error = ended_by
+            raise
         finally:
+            self._calls.end(self, error)
             if self._log is not None:
                 self._log.close()
                 self._log = None
@@ -270,31 +365,34 @@ class Trainer:
             yield {}
             records = runner.finish().tolist()
         except NonFiniteGradientError as error:
-            self._take(start, error.records.tolist())
+            self._take(start, error.records.tolist(), runner.names)
             raise self._diverged(error.step, str(error)) from error
         except RuntimeError as error:
             self._raise_if_diverged(start + 1, error)
             raise
-        record = self._take(start, records)
+        record = self._take(start, records, runner.names)
         self.step = stop
         yield record
 
-    def _take(self, start: int, records: list[list[float]]) -> dict[str, Any]:
+    def _take(self, start: int, records: list[list[float]], names: tuple[str, ...]) -> dict[str, Any]:
         """Adds the records of the steps after `start` to the sums and the log; returns the last one."""
         record: dict[str, Any] = {}
         for offset, values in enumerate(records):
             step = start + 1 + offset
-            record = self._facts(step) | dict(zip(RECORD, values, strict=True))
-            if not all(math.isfinite(value) for value in values):
+            record = self._facts(step) | dict(zip(names, values, strict=True))
+            # The parts of a loss of one's own are whatever it says they are.
+            checked = values if self.loss_fn is None else [record["loss"], record["grad_norm"]]
+            if not all(math.isfinite(value) for value in checked):
                 raise self._diverged(step, "loss or gradient norm is NaN or Inf")
             self._sums["steps"] += 1
             clip = self.config.grad_clip
             self._sums["clipped"] += clip is not None and record["grad_norm"] > clip
             self._sums["loss"] += record["loss"]
-            self._sums["cross_entropy"] += record["cross_entropy"]
+            self._sums["cross_entropy"] += record.get("cross_entropy", 0.0)
             if self._log is not None and (step % self.config.log_interval == 0 or step == 1):
                 self._log.write("train", record)
             self._last_record = record
+            self._calls.step(self, record)
         return record
 
     def _raise_if_diverged(self, step: int, error: RuntimeError) -> None:
@@ -330,6 +428,8 @@ class Trainer:
             "grad_norm": self._last_record["grad_norm"],
             "clip_rate": self._sums["clipped"] / count,
         }
+        if PARTS[0] not in self._last_record:  # of a loss of one's own
+            del result["train_cross_entropy"]
         facts = EvaluatedStep(
             self.step,
             self.step == self.config.steps,
@@ -379,8 +479,11 @@ class Trainer:
             self._save(full=True)
 
     def _save(self, full: bool, folder: str = "checkpoint") -> None:
+        if folder == "checkpoint" and self._full_step == self.step:
+            return  # a stop in a step at which a checkpoint was due
         if self.run_dir is not None and self._log is not None:
             state = {
+                **self._provenance,
                 "model_config": self.model.config.to_dict(),
                 "train_config": self.config.to_dict(),
                 "metrics_bytes": self._log.position(),
@@ -388,14 +491,18 @@ class Trainer:
                 "cumulative_lr": self._facts(self.step)["cumulative_lr"],
                 "finished": self.step == self.config.steps,
             }
-            write_checkpoint(
+            written = write_checkpoint(
                 self.run_dir / folder,
                 self.step,
                 self.model.state_dict(),
-                self.optimizer.state() if full else {},
+                self.optimizer.state() | random_state(self.config, self.device) if full else {},
                 state,
                 keep_older=folder == "snapshots",
+                sole_writer=True,
             )
+            if full and folder == "checkpoint":
+                self._full_step = self.step
+            self._calls.checkpoint(self, written)
         if folder == "checkpoint":
             self._last_checkpoint = (self.step, time.monotonic())
 
@@ -410,19 +517,29 @@ class Trainer:
         if not self.reset_moments:
             self._load_moments(checkpoint)
         self.step = checkpoint.step
-        before = float(checkpoint.state["cumulative_lr"])
+        before = _recorded(checkpoint, "cumulative_lr", float)
         self._cumulative_lr = self._cumulative_lr + (before - self._cumulative_lr[checkpoint.step - 1])
 
     def _load_moments(self, checkpoint: Checkpoint) -> None:
-        missing = sorted(set(self.optimizer.state()) - set(checkpoint.optimizer))
+        moments = self.optimizer.state()
+        missing = sorted({plain_name(name) for name in moments} - set(checkpoint.optimizer))
         if missing:
             raise CheckpointError(
                 f"checkpoint {checkpoint.path} has no optimiser state ({missing[0]}): it cannot be resumed"
             )
-        self.optimizer.load_state(checkpoint.optimizer)
+        found = {name: checkpoint.optimizer[plain_name(name)] for name in moments}
+        for name, value in moments.items():
+            if found[name].shape != value.shape:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.path}: the optimiser's {name} must have shape {tuple(value.shape)}, "
+                    f"got {tuple(found[name].shape)}"
+                )
+        self.optimizer.load_state(found)
 
     def _refuse_existing(self) -> int:
-        if self.run_dir is not None and (self.run_dir / "metrics.jsonl").exists():
+        if self.run_dir is not None and any(
+            (self.run_dir / name).exists() for name in ("metrics.jsonl", "checkpoint/latest.json")
+        ):
             raise FileExistsError(
                 f"{self.run_dir} already holds a run: pass resume=True to continue it, or choose another folder"
             )
@@ -437,19 +554,42 @@ class Trainer:
             return 0
         checkpoint = read_checkpoint(path)
         # A checkpoint from before a field existed was written with its default.
-        saved = TrainConfig().to_dict() | checkpoint.state["train_config"]
+        saved = TrainConfig().to_dict() | _recorded(checkpoint, "train_config", dict)
         for name, value in self.config.to_dict().items():
-            if name not in _FREE_ON_RESUME and saved.get(name) != value:
+            if name not in FREE_ON_RESUME and saved.get(name) != value:
                 raise ValueError(
                     f"Trainer: {name} is {value!r}, but {path} was written with {saved.get(name)!r}; "
                     "a run is resumed with its own settings"
                 )
+        check_same_run(checkpoint.state, path, self.model.config, self._provenance)
+        sums, metrics_bytes = _recorded(checkpoint, "sums", dict), _recorded(checkpoint, "metrics_bytes", int)
         load_weights(self.model, checkpoint)
         if checkpoint.step < self.config.steps:
             self._load_moments(checkpoint)
+            restore_random_state(checkpoint, self.config, self.device)
         self.step = checkpoint.step
-        self._sums = _NO_SUMS | checkpoint.state["sums"]
-        return int(checkpoint.state["metrics_bytes"])
+        self._sums = _NO_SUMS | sums
+        return metrics_bytes
+
+
+def _recorded(checkpoint: Checkpoint, name: str, kind: type[_T]) -> _T:
+    """A value of a checkpoint's state, by its type."""
+    value = checkpoint.state.get(name)
+    if not isinstance(value, kind):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: state.json is damaged: state must have {name} "
+            f"({kind.__name__}), got {type(value).__name__}"
+        )
+    return value
+
+
+def _warn_of_warmup(config: TrainConfig) -> None:
+    if config.warmup_steps is not None and 0 < config.steps <= config.warmup_steps:
+        warnings.warn(
+            f"the learning rate never reaches its peak: warmup_steps is {config.warmup_steps}, "
+            f"the run has {config.steps} steps (warmup_steps=None takes a tenth)",
+            stacklevel=3,
+        )
 
 
 def check_vocabulary(tokens: NDArray[Any], vocab_size: int) -> None:

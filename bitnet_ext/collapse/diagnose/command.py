@@ -11,6 +11,7 @@ from typing import Any
 from bitnet_ext.collapse.diagnose.diagnosis import NONE, UNKNOWN, Diagnosis, diagnose
 from bitnet_ext.collapse.diagnose.inputs import ACCEPTED, Case, add_heldout, read_case
 from bitnet_ext.collapse.diagnose.words import Evidence
+from bitnet_ext.collapse.results.status import STATUS
 from bitnet_ext.data.corpora import load_corpus
 from bitnet_ext.training.device import resolve_device
 
@@ -78,6 +79,8 @@ def as_text(found: Diagnosis, what: str) -> str:
     """A diagnosis for a reader at a terminal."""
     steps = f", {found.steps:,} steps" if found.steps is not None else ""
     lines = [f"{found.source} ({what}{steps})"]
+    if found.status is not None:
+        lines.append(f"state: {STATUS[found.status][0]}; {STATUS[found.status][1]}")
     if found.kind == NONE:
         lines.append("none: no rule found a trouble in what could be judged")
         lines += [f"    {_number(each)}" for each in found.healthy]

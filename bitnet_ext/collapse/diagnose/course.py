@@ -27,7 +27,9 @@ from bitnet_ext.collapse.results.status import (
     CONFIDENCE_NATS,
     CONTEXT_NATS,
     RISE_NATS,
+    RULES,
     STALL_NATS,
+    STATUS,
     UNTRAINED_NATS,
 )
 
@@ -173,7 +175,7 @@ def _calmer(case: Case) -> tuple[str, ...]:
     settings = case.settings
     rate = f"{settings.lr / 3:.2g} (it is {settings.lr:.2g})" if settings is not None else "a third of it"
     changes = [f"lr={rate}; start again, or from a checkpoint before the rise"]
-    if settings is None or settings.first_step_at_peak or settings.warmup_steps < settings.steps // 20:
+    if settings is None or settings.first_step_at_peak or settings.warmup < settings.steps // 20:
         changes.append("a longer warm-up (warmup_steps) and first_step_at_peak=False")
     if settings is None or settings.grad_clip is None or settings.grad_clip > 1:
         changes.append("grad_clip=1.0")
@@ -239,6 +241,20 @@ def frozen(case: Case) -> Finding | None:
         larger,
         CERTAIN if reach[1] < REACH_SHARE * smallest else LIKELY,
         rule,
+    )
+
+
+def barely_trained(case: Case, status: str | None) -> Finding | None:
+    """The report's "barely trained": the loss has hardly moved, whatever the learning rates add up to."""
+    if status != "untrained":
+        return None
+    return Finding(
+        "frozen",
+        f"{_label(status)}: {STATUS[status][1]}",
+        tuple(_standing(case)),
+        ("more steps", "a larger lr (the package's default is 1.5e-3)"),
+        LIKELY,
+        _rule("Barely trained"),
     )
 
 
@@ -340,6 +356,74 @@ def _rise(case: Case) -> list[Evidence] | None:
     ]
 
 
+# --- too early ----------------------------------------------------------------------------------------------------
+
+
+def warm_up(case: Case, status: str | None) -> Finding | None:
+    """The learning rate still rises, and nothing has failed: too early for any judgement of the course."""
+    settings, last = case.settings, case.last_step
+    if settings is None or last is None or status not in ("warmup", None) or last > settings.warmup:
+        return None
+    changes = ["nothing: keep training"]
+    if settings.steps <= settings.warmup:
+        changes = [
+            f"warmup_steps={max(1, settings.steps // 10)} (it is {settings.warmup}), or more steps: the run ends "
+            "before its learning rate has reached the peak"
+        ]
+    lr = case.last("lr") or case.last("lr", "train")
+    rate = [evidence("learning rate", lr[1], lr[0], f"rises to {settings.lr:.3g}")] if lr is not None else []
+    return Finding(
+        "warm-up",
+        f"Too early to tell: step {last:,} of a warm-up of {settings.warmup:,}",
+        (*rate, *_standing(case)),
+        tuple(changes),
+        CERTAIN,
+        _rule(STATUS["warmup"][0]),
+    )
+
+
+def _standing(case: Case) -> list[Evidence]:
+    """Held-out cross-entropy against word counts and the use of context, as far as they were measured."""
+    found = []
+    ce, unigram, context = (
+        case.last(key) for key in ("heldout_cross_entropy", "unigram_cross_entropy", "mutual_information")
+    )
+    if ce is not None:
+        text = f"word counts alone reach {unigram[1]:.4g}" if unigram is not None else ""
+        found.append(evidence("held-out cross-entropy", ce[1], ce[0], text))
+    if context is not None:
+        text = f"nats; above {CONTEXT_NATS} counts as use of context"
+        found.append(evidence("mutual information", context[1], context[0], text))
+    return found
+
+
+def _label(status: str) -> str:
+    label = STATUS[status][0]
+    return label[:1].upper() + label[1:]
+
+
+def _rule(title: str) -> str:
+    """The rule of a study's report under a title."""
+    return dict(RULES)[title[:1].upper() + title[1:]]
+
+
+# --- collapsed ----------------------------------------------------------------------------------------------------
+
+
+def collapsed(case: Case, status: str | None) -> Finding | None:
+    """The report's "collapsed" or "failing", where no other rule names a cause."""
+    if status not in ("collapsed", "failing"):
+        return None
+    return Finding(
+        "collapsed",
+        f"{_label(status)}: {STATUS[status][1]}",
+        tuple(_standing(case)),
+        _calmer(case),
+        POSSIBLE,
+        _rule("Collapsed" if status == "collapsed" else "Failing"),
+    )
+
+
 # --- the unigram stage --------------------------------------------------------------------------------------------
 
 
@@ -352,10 +436,7 @@ def unigram_stage(case: Case) -> Finding | None:
     blind = context is not None and context[1] <= CONTEXT_NATS
     if ce[1] < unigram[1] and not blind:
         return None
-    found = [evidence("held-out cross-entropy", ce[1], ce[0], f"word counts alone reach {unigram[1]:.4g}")]
-    if context is not None:
-        text = f"nats; above {CONTEXT_NATS} counts as use of context"
-        found.append(evidence("mutual information", context[1], context[0], text))
+    found = _standing(case)
     argmaxes = case.last("effective_argmax_vocabulary")
     if argmaxes is not None:
         found.append(evidence("effective number of different argmaxes", argmaxes[1], argmaxes[0]))

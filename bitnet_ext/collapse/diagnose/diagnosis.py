@@ -10,17 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitnet_ext.collapse.diagnose.course import (
+    barely_trained,
+    collapsed,
     divergence,
     frozen,
     no_convergence,
     over_confidence,
     unigram_stage,
+    warm_up,
 )
 from bitnet_ext.collapse.diagnose.inputs import Case, note_early_end
 from bitnet_ext.collapse.diagnose.sizes import SIZES
 from bitnet_ext.collapse.diagnose.ternary import dead_ternary
 from bitnet_ext.collapse.diagnose.weights import decay_death, uniform_without_decay
-from bitnet_ext.collapse.diagnose.words import Evidence, Finding, evidence, training_course
+from bitnet_ext.collapse.diagnose.words import CERTAIN, Evidence, Finding, evidence, training_course
 
 #: Kinds of findings, the gravest first.
 SEVERITY = (
@@ -28,8 +31,10 @@ SEVERITY = (
     "decay-death",
     "uniform-output",
     "dead-ternary",
+    "collapsed",
     "frozen",
     "over-confidence",
+    "warm-up",
     "unigram-stage",
 )
 NONE, UNKNOWN = "none", "unknown"
@@ -43,6 +48,8 @@ class Diagnosis:
         source: path that was read. steps: the last step known.
         findings: the gravest first; empty when no rule holds.
         kind: of the gravest finding; "none" when there is none, "unknown" when there was too little to judge.
+        status: how the run stands by the rules of a study's report, a key of
+            :data:`bitnet_ext.collapse.results.status.STATUS`; None without held-out evaluations.
         healthy: the numbers behind a "none".
         not_judged: what could not be judged, and how to get it. notes: what was left out of the reading.
     """
@@ -51,6 +58,7 @@ class Diagnosis:
     steps: int | None
     findings: list[Finding]
     kind: str
+    status: str | None
     healthy: list[Evidence]
     not_judged: list[str]
     notes: list[str]
@@ -61,27 +69,35 @@ def diagnose(case: Case) -> Diagnosis:
     missing, ended = _not_judged(case), note_early_end(case)
     notes = [*case.notes, *([ended] if ended else [])]
     if not _enough(case):
-        return Diagnosis(str(case.path), case.last_step, [], UNKNOWN, [], missing, notes)
+        return Diagnosis(str(case.path), case.last_step, [], UNKNOWN, None, [], missing, notes)
 
+    status = case.status()
+    warm = warm_up(case, status)
     still = frozen(case)
     decay, watch = decay_death(case)
+    if warm is not None:  # little has changed yet because the learning rate still rises
+        still = still if still is not None and still.certainty == CERTAIN else None
+        decay = decay if decay is not None and decay.certainty == CERTAIN else None
     diverged = divergence(case, vanishing=decay is not None)
     uniform = uniform_without_decay(case) if still is None else None
     findings = [found for found in (diverged, decay, uniform, dead_ternary(case), still) if found is not None]
-    if not findings and (lost := no_convergence(case)) is not None:
+    lost = no_convergence(case) or collapsed(case, status) or barely_trained(case, status)
+    if not findings and lost is not None and warm is None:
         findings.append(lost)
     elif diverged is None and still is None:
         confident = over_confidence(case)
         if confident is not None:
             findings.append(confident)
     if not findings:
-        stage = unigram_stage(case)
+        stage = warm or unigram_stage(case)
         if stage is not None:
             findings.append(stage)
     findings.sort(key=lambda finding: SEVERITY.index(finding.kind))
     kind = findings[0].kind if findings else NONE
     healthy = _healthy(case) if not findings else []
-    return Diagnosis(str(case.path), case.last_step, findings, kind, healthy, missing, [*notes, *watch])
+    return Diagnosis(
+        str(case.path), case.last_step, findings, kind, status, healthy, missing, [*notes, *watch]
+    )
 
 
 # --- around the findings ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ row, and the sizes that an initialisation has by its configuration become a row 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,14 @@ import safetensors.torch
 import torch
 
 from bitnet_ext import metrics
+from bitnet_ext._files import read_json
 from bitnet_ext.collapse.diagnose.sizes import SIZES, TensorFacts, initial_sizes, tensor_facts, weights_row
 from bitnet_ext.collapse.results import Row, number, read_metrics
+from bitnet_ext.collapse.results.status import classify
 from bitnet_ext.data.statistics import unigram_log_probs
 from bitnet_ext.models import BitNetConfig
 from bitnet_ext.training import TrainConfig, load_model, read_checkpoint
-from bitnet_ext.training.checkpoint import CheckpointError, latest_checkpoint
+from bitnet_ext.training.checkpoint import CheckpointError, latest_checkpoint, read_state
 from bitnet_ext.training.trainer import ENDED
 
 ACCEPTED = (
@@ -81,6 +82,12 @@ class Case:
         """Step and value of the last finite number under a key."""
         points = self.points(key, kind)
         return (int(points[-1][0]["step"]), points[-1][1]) if points else None
+
+    def status(self) -> str | None:
+        """How the run stands by the rules of a study's report; None without held-out evaluations."""
+        rows = [row for row in self.evals if row.get("heldout_cross_entropy") is not None]
+        warmup = 0 if self.settings is None else self.settings.warmup
+        return classify(rows, self.ln_vocab, warmup) if rows else None
 
     def reach(self) -> tuple[int, float] | None:
         """Last step and sum of the learning rates up to it: about what Adam can have moved a weight by."""
@@ -152,7 +159,7 @@ def _read_folder(path: Path) -> Case:
     if has_checkpoint:
         try:
             _add_checkpoint(case, path / "checkpoint")
-        except (CheckpointError, OSError, safetensors.SafetensorError) as error:
+        except (CheckpointError, OSError) as error:
             # A run that is going on replaces its checkpoint; its metrics can be judged all the same.
             case.notes.append(f"the checkpoint was left out: {error}")
     return case
@@ -183,16 +190,18 @@ def _add_settings(case: Case, folder: Path) -> None:
     """What lies beside a metrics file: config.json or a checkpoint's state, and the reason of an early end."""
     try:
         if (folder / ENDED).is_file():
-            case.ended = str(json.loads((folder / ENDED).read_text(encoding="utf-8"))["reason"])
+            case.ended = str(
+                read_json(folder / ENDED, "why the run ended").get("reason", "for no known reason")
+            )
         if (folder / "config.json").is_file():
-            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            content = read_json(folder / "config.json", "the run's settings")
             _take_settings(case, content.get("model"), content.get("train"))
         newest = latest_checkpoint(folder / "checkpoint")
         if newest is not None and (newest / "state.json").is_file():
-            state = json.loads((newest / "state.json").read_text(encoding="utf-8"))["state"]
+            state = read_state(newest)["state"]
             _take_settings(case, state.get("model_config"), state.get("train_config"))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        case.notes.append(f"what lies beside the metrics file could not all be read: {error!r}")
+    except (OSError, ValueError) as error:
+        case.notes.append(f"what lies beside the metrics file could not all be read: {error}")
 
 
 def _take_settings(case: Case, model: object, settings: object) -> None:
@@ -209,10 +218,7 @@ def _take_settings(case: Case, model: object, settings: object) -> None:
 
 
 def _add_checkpoint(case: Case, path: Path) -> None:
-    try:
-        checkpoint = read_checkpoint(path)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"checkpoint {path} does not read as safetensors ({error})") from error
+    checkpoint = read_checkpoint(path)
     _take_settings(case, checkpoint.state.get("model_config"), checkpoint.state.get("train_config"))
     case.checkpoint = checkpoint.path
     case.tensors = tensor_facts(checkpoint.model, case.ternary is True)
@@ -303,4 +309,4 @@ def add_heldout(
 
 def read_step(checkpoint: Path) -> int:
     """The step that a checkpoint's state.json names."""
-    return int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"])
+    return int(read_state(checkpoint)["step"])

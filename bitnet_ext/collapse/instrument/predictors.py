@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitnet_ext.data.statistics import as_token_array, token_counts
 from bitnet_ext.models import BitNetConfig, BitNetForCausalLM
 from bitnet_ext.models.kv_cache import KVCache
 from bitnet_ext.nn import BitLinear
@@ -134,8 +135,8 @@ def fixed_predictor(name: str, log_probs: Tensor) -> LastTokenPredictor:
 
 
 def bigram_predictor(
-    tokens: NDArray[Any],
-    unigram_log_probs: Tensor,
+    tokens: Any,
+    unigram_log_probs: Tensor | NDArray[Any],
     device: torch.device | str,
     prior: float = BIGRAM_PRIOR,
 ) -> LastTokenPredictor:
@@ -145,20 +146,21 @@ def bigram_predictor(
     "A hierarchical Dirichlet language model").
 
     Args:
-        tokens: training text, integers [n].
-        unigram_log_probs: [V], P(w).
+        tokens: training text, integers [n] below V, see `bitnet_ext.data.as_token_array`.
+        unigram_log_probs: [V], P(w); a tensor or array.
         prior: > 0, in occurrences.
     """
     if not prior > 0:
         raise ValueError(f"prior must be > 0, got {prior}")
     vocab_size = len(unigram_log_probs)
-    stream = np.asarray(tokens).astype(np.int64)
+    stream = as_token_array(tokens).astype(np.int64)
+    counts = token_counts(stream[:-1], vocab_size)
     pairs, occurrences = np.unique(stream[:-1] * vocab_size + stream[1:], return_counts=True)
     before, after = np.divmod(pairs, vocab_size)
     first = torch.from_numpy(np.searchsorted(before, np.arange(vocab_size + 1))).to(device)
-    total = torch.from_numpy(np.bincount(stream[:-1], minlength=vocab_size)).double().to(device)
+    total = torch.from_numpy(counts).double().to(device)
     following = torch.from_numpy(after).to(device)
-    log_unigram = unigram_log_probs.double().to(device)
+    log_unigram = torch.as_tensor(unigram_log_probs).double().to(device)
     log_total = (total + prior).log()
     mass = torch.from_numpy(occurrences).double().to(device) + prior * log_unigram[following].exp()
     seen = (mass.log() - log_total[torch.from_numpy(before).to(device)]).float()
@@ -177,7 +179,7 @@ def bigram_predictor(
 
 
 def count_predictors(
-    tokens: NDArray[Any], unigram_log_probs: Tensor, device: torch.device | str
+    tokens: NDArray[Any], unigram_log_probs: Tensor | NDArray[Any], device: torch.device | str
 ) -> Iterator[Predictor]:
     """Those that are no networks: uniform, constant, unigram, bigram, human.
 
@@ -185,7 +187,7 @@ def count_predictors(
         tokens: training text, integers [n]. unigram_log_probs: [V] of it.
     """
     vocab_size = len(unigram_log_probs)
-    unigram = unigram_log_probs.double().to(device)
+    unigram = torch.as_tensor(unigram_log_probs).double().to(device)
     yield fixed_predictor("uniform", torch.full_like(unigram, -math.log(vocab_size)))
     constant = (1 - CONSTANT_PROBABILITY) * unigram.exp()
     constant[unigram.argmax()] += CONSTANT_PROBABILITY

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from bitnet_ext.collapse.pages.table import MISSING, Table, spread_cell
 from bitnet_ext.collapse.results import Run, Study, milestones, require_evaluations, spread
-from bitnet_ext.collapse.results.status import CONTEXT_NATS, find_fall, is_alive
+from bitnet_ext.collapse.results.status import CONTEXT_NATS, EARLY, arm_status, find_fall, is_alive
 from bitnet_ext.collapse.verdicts.wording import count, nats, unfinished_text
 
 
@@ -22,10 +22,13 @@ def recovery(run: Run) -> str | None:
     return "no fall" if fall is None else "no" if fall.rise_step is None else "yes"
 
 
-def alive(run: Run) -> str | None:
-    """`yes` when held-out cross-entropy ends below the unigram's with mutual information above 0.1, else
-    `no`.
+def alive(study: Study, run: Run) -> str | None:
+    """`yes` when held-out cross-entropy ends below the unigram's with mutual information above 0.1, else `no`.
+
+    A run that is too short for a conclusion has `too early`.
     """
+    if run.evals and arm_status(study, run.arm, run.evals) in EARLY:
+        return "too early"
     verdict = is_alive(run.evals[-1]) if run.evals else None
     return None if verdict is None else "yes" if verdict else "no"
 
@@ -45,11 +48,12 @@ def _short(step: int) -> str:
 
 
 def comparison_table(study: Study) -> Table:
-    """The table of the original report with three columns that it lacked: held-out loss, context use, alive.
+    """The table of the original report with three columns that it lacked: held-out loss, alive, context use.
 
-    Columns: Training, Tokens and Loss at two steps (1k and 4k, or what is nearest; the header says which),
-    Recovery?, held-out cross-entropy, mutual information at the last evaluation, alive?. Over several seeds
-    a cell is the mean with the smallest and largest value in brackets.
+    Columns: Training; held-out cross-entropy, alive? and mutual information at the last evaluation, which decide
+    and come first, so that a narrow screen shows them; Tokens and Loss at two steps (1k and 4k, or the nearest
+    evaluated ones; the header names them); Recovery?. Over several seeds a cell is the mean with the smallest and
+    largest value in brackets.
 
     Raises:
         ValueError: for a study without any evaluation.
@@ -58,14 +62,14 @@ def comparison_table(study: Study) -> Table:
     first, second = milestones(study)
     columns = [
         "Training",
+        "Held-out CE",
+        "Alive?",
+        "Context use",
         f"Tokens @ {_short(first)}",
         f"Tokens @ {_short(second)}",
         f"Loss @ {_short(first)}",
         f"Loss @ {_short(second)}",
         "Recovery?",
-        "Held-out CE",
-        "Context use",
-        "Alive?",
     ]
     rows = []
     for arm in study.measured_arms:
@@ -81,14 +85,14 @@ def comparison_table(study: Study) -> Table:
         rows.append(
             [
                 arm,
+                spread_cell(spread(run.final("heldout_cross_entropy") for run in runs), nats),
+                _votes([alive(study, run) for run in runs]),
+                spread_cell(spread(run.final("mutual_information") for run in runs), nats),
                 at("unique_of_20", first, count),
                 at("unique_of_20", second, count),
                 at(_loss_key(runs), first, nats),
                 at(_loss_key(runs), second, nats),
                 _votes([recovery(run) for run in runs]),
-                spread_cell(spread(run.final("heldout_cross_entropy") for run in runs), nats),
-                spread_cell(spread(run.final("mutual_information") for run in runs), nats),
-                _votes([alive(run) for run in runs]),
             ]
         )
     return Table(columns, rows, _notes(study))
@@ -112,7 +116,7 @@ def _notes(study: Study) -> list[str]:
     if max(len(study.leading(arm)) for arm in study.measured_arms) > 1:
         notes.append("Cells: mean over seeds (smallest–largest).")  # noqa: RUF001
     else:
-        notes.append("One seed an arm: no spread.")
+        notes.append("Each arm has one seed, so there is no spread.")
     unfinished = study.unfinished
     if unfinished:
         each = ", ".join(unfinished_text(*entry) for entry in unfinished)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bitnet_ext._files import parse_json
 from bitnet_ext.collapse.pages.factorial_tables import block_table, metrics_table, original_table
 from bitnet_ext.collapse.pages.figures.curves import block_figures, facets
 from bitnet_ext.collapse.pages.figures.drawing import RenderedFigure
@@ -149,7 +149,8 @@ class Content:
         path = self.study.directory / "sessions.jsonl"
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_bytes().splitlines()
+        return [parse_json(line, path, "the sessions of a study") for line in lines if line.strip()]
 
     def unfinished(self) -> str:
         missing = self.study.unfinished

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import collections
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from bitnet_ext._files import read_json
 from bitnet_ext.collapse.pages.table import MISSING, Table, spread_text
 from bitnet_ext.collapse.results import Run, Study
-from bitnet_ext.collapse.results.status import STATUS, classify, log_vocab
+from bitnet_ext.collapse.results.status import STATUS, arm_status
 from bitnet_ext.collapse.verdicts.wording import count, nats, percent, steps
 
 #: What the original report printed: arm, tokens at steps 1,000 and 4,000, loss at 1,000, "recovery?".
@@ -116,7 +116,7 @@ def block_table(study: Study, arms: Sequence[str]) -> Table:
             spread_text([v for v in values if v is not None], form)
             for values, form in zip(final, _FORMS, strict=True)
         ]
-        ended = how_ended([classify(run.evals, log_vocab(study)) for run in runs])
+        ended = how_ended([arm_status(study, arm, run.evals) for run in runs])
         rows.append([arm, ended, str(len(runs)), steps(max(run.last_step for run in runs)), *cells])
     notes = [
         "At the last evaluation, mean over seeds (smallest-largest). CE and its excess in nats per token.",
@@ -141,7 +141,14 @@ def metrics_table(study: Study) -> Table | None:
     path = study.directory / "instrument.json"
     if not path.is_file():
         return None
-    check = json.loads(path.read_text())
+    check = read_json(path, "the check of the metrics")
+    try:
+        return _metrics_table(check)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: it must hold the check of the metrics ({error!r})") from error
+
+
+def _metrics_table(check: dict[str, Any]) -> Table:
     judged = {entry["key"]: entry["status"] for entry in check["judgements"]}
     body = [
         [

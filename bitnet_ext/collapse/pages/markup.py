@@ -32,7 +32,13 @@ nav a { margin-right: 1rem; white-space: nowrap; text-decoration: none; }
 .key { background: var(--tint); border-radius: 6px; padding: .4rem 1.1rem; }
 ul { padding-left: 1.15rem; margin: .4rem 0 .8rem; }
 li { margin: .35rem 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin: .8rem 0; -webkit-overflow-scrolling: touch; }
+/* A shadow at the edge says that a box scrolls: the white covers move with the content, the shadows stay. */
+.scroll { overflow-x: auto; margin: .8rem 0; -webkit-overflow-scrolling: touch;
+  background: linear-gradient(to right, #fff 30%, transparent) left / 3rem 100% no-repeat local,
+    linear-gradient(to left, #fff 30%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to right, rgb(27 31 36 / 28%), transparent) left / .9rem 100% no-repeat scroll,
+    linear-gradient(to left, rgb(27 31 36 / 28%), transparent) right / .9rem 100% no-repeat scroll; }
+.hint { display: none; color: var(--soft); font-size: .85rem; margin: .8rem 0 -.4rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 thead th { vertical-align: bottom; white-space: normal; color: var(--soft); font-weight: 600;
@@ -44,13 +50,14 @@ background: #fff; } td small { color: var(--soft); } .notes { color: var(--soft)
   1rem; border: 1px solid var(--line); background: var(--tint); color: var(--soft); margin-left: .5rem;
   white-space: nowrap; vertical-align: middle; }
 .badge.good { background: #e3f4ee; border-color: #8fcdb8; color: #00543d; }
+.badge.early { background: #fff6e5; border-color: #e6c27a; color: #6b4700; }
 .badge.bad { background: #fbe9e0; border-color: #e8a988; color: #8a3a00; }
 .swatch { display: inline-block; width: 1.5rem; height: 0; border-top: 4px solid; margin-right: .5rem;
   vertical-align: middle; }
 details { margin: .3rem 0 .6rem; font-size: .92rem; }
 summary { color: var(--link); cursor: pointer; }
 figure { margin: 1.4rem 0 2rem; }
-figure img { display: block; width: 100%; max-width: 660px; height: auto; }
+figure img { display: block; width: 100%; max-width: 860px; height: auto; }
 figure.wide img { max-width: none; min-width: var(--least, 700px); }
 figure.wide .scroll { margin: 0 0 .3rem; }
 .scroll.wide table { font-size: .82rem; }
@@ -66,6 +73,10 @@ dl.pairs { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; 
 .92rem; } dl.pairs dt { color: var(--soft); } dl.pairs dd { margin: 0; overflow-wrap: anywhere; } dl.words
 dt { font-weight: 600; margin-top: .7rem; } dl.words dd { margin: .1rem 0 0; } code { font: .88em
 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; } @media (max-width:
+700px) {
+  .hint { display: block; }
+}
+@media (max-width:
 560px) {
   main { padding: 1.3rem .9rem 3rem; }
   h1 { font-size: 1.5rem; }
@@ -77,7 +88,8 @@ ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywher
   main { max-width: none; padding: 0; }
   nav { display: none; }
   body { font-size: 10.5pt; }
-  .scroll, .scroll.wide, figure.wide .scroll { overflow: visible; width: auto; margin-left: 0; }
+  .scroll, .scroll.wide, figure.wide .scroll { overflow: visible; width: auto; margin-left: 0; background: none; }
+  .hint { display: none; }
   table, .scroll.wide table { font-size: 8pt; }
   th, td, .scroll.wide :is(th, td) { padding: .2rem .3rem; }
   figure img, figure.wide img { min-width: 0; width: auto; max-width: 100%; max-height: 21cm; }
@@ -87,6 +99,8 @@ ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywher
 }
 """
 
+_NARROW_COLUMNS = 4  # columns that a phone of 390 px shows without scrolling
+_SCROLL_HINT = '<p class="hint">The table has more columns: scroll it sideways.</p>'
 _LEAST = 0.55  # screen pixels for each pixel of a wide figure, at the least
 
 
@@ -142,7 +156,8 @@ def table_html(table: Table, wide: bool = False) -> str:
     """A table that scrolls inside its box, with its notes below; a wide one may be wider than the text."""
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     box = '<div class="scroll wide">' if wide else '<div class="scroll">'
-    return f'{box}{table.html()}</div><ul class="notes">{notes}</ul>'
+    hint = _SCROLL_HINT if len(table.columns) > _NARROW_COLUMNS else ""
+    return f'{hint}{box}{table.html()}</div><ul class="notes">{notes}</ul>'
 
 
 def figure_html(figure: RenderedFigure, wide: bool = False) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import math
 import os
 import re
 import tempfile
@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bitnet_ext._files import parse_json, read_json
 from bitnet_ext.collapse.results.records import (
+    MAX_SEEDS,
     Row,
     Run,
     Study,
@@ -81,8 +83,9 @@ def read_metrics(path: Path) -> list[Row]:
     rows: list[Row] = []
     for index, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict) or "kind" not in row or number(row.get("step")) is None:
+            row = parse_json(line, path, "a metrics row")
+            step = number(row.get("step"))
+            if not isinstance(row.get("kind"), str) or step is None or not math.isfinite(step):
                 raise ValueError("not a metrics row")
         except ValueError as error:
             if index == len(lines):
@@ -106,13 +109,7 @@ def _by_step(rows: Iterable[Row], kind: str) -> list[Row]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected one JSON object, but it does not parse ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected one JSON object, got {type(value).__name__}")
-    return value
+    return read_json(path, "settings or results of a study")
 
 
 def read_run(directory: Path, arm: str, seed: int, default_steps: int | None = None) -> Run:
@@ -121,7 +118,7 @@ def read_run(directory: Path, arm: str, seed: int, default_steps: int | None = N
     config = _read_object(config_path) if config_path.is_file() else {}
     rows = read_metrics(metrics_path) if metrics_path.is_file() else []
     steps = configured_steps(config) if default_steps is None else default_steps
-    ended = _read_object(directory / ENDED).get("reason", "") if (directory / ENDED).is_file() else None
+    ended = str(_read_object(directory / ENDED).get("reason", "")) if (directory / ENDED).is_file() else None
     return Run(
         arm,
         seed,
@@ -166,7 +163,7 @@ def read_study(directory: Path | str) -> Study:
         for seed, path in sorted(found.get(arm, []))
     ]
     seeds = settings.get("seeds")
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds <= MAX_SEEDS:
         seeds = list(range(seeds))
     if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
         seeds = []

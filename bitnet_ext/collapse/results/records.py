@@ -10,6 +10,8 @@ from typing import Any
 
 Row = dict[str, Any]  # of a metrics file
 
+#: More seeds than any study has: a damaged study.json must not make lists of 10^12.
+MAX_SEEDS = 100_000
 _STEP_NAMES = ("steps", "max_steps", "total_steps", "num_steps")
 
 
@@ -124,7 +126,8 @@ class Study:
         """The seeds that an arm is to be run with."""
         own = self.settings.get("seeds_of")
         number_of = own.get(arm) if isinstance(own, dict) else None
-        return list(range(number_of)) if isinstance(number_of, int) else self.seeds
+        given = isinstance(number_of, int) and number_of <= MAX_SEEDS
+        return list(range(number_of)) if given else self.seeds  # type: ignore[arg-type]
 
     @property
     def unfinished(self) -> list[tuple[str, int, int, int | None]]:
@@ -178,7 +181,10 @@ def number(value: object) -> float | None:
     """A JSON value as a float; None for null, strings and whatever else is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond 1e308
+        return None
 
 
 def _find_number(tree: object, name: str) -> int | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitnet_ext.collapse.results.records import Row, Run, Study, number
+from bitnet_ext.collapse.results.settings import settings_of
 
 UNIFORM_NATS = 0.02  # distance from ln V at which an output counts as uniform
 CONTEXT_NATS = 0.1  # mutual information above which an output counts as depending on its context
@@ -41,6 +42,10 @@ STATUS = {
         "its predictions still vary with the context, but they are worse than fixed word counts and have "
         "stopped getting better",
     ),
+    "warmup": (
+        "still in warm-up",
+        "its learning rate is still rising to its peak, and nothing has failed",
+    ),
     "untrained": ("barely trained", "it has hardly moved from where it started"),
     "early": (
         "too early to tell",
@@ -56,7 +61,9 @@ STATUS = {
     "alive": ("alive", "it uses its context and predicts better than fixed word counts"),
 }
 DEAD = frozenset({"uniform", "collapsed", "failing"})
-UNDECIDED = frozenset({"untrained", "early", "diverged"})
+#: Statuses of a run that is too short for a conclusion.
+EARLY = frozenset({"warmup", "early", "untrained"})
+UNDECIDED = EARLY | {"diverged"}
 
 RULES = (
     ("Not a number", "Held-out cross-entropy is NaN or infinite."),
@@ -70,6 +77,12 @@ RULES = (
         f"Held-out cross-entropy is below the unigram's and mutual information is above {CONTEXT_NATS} nats.",
     ),
     (
+        "Still in warm-up",
+        "The last evaluation is within the warm-up of the learning rate, and by the rules below the network would be "
+        "barely trained, collapsed, failing or too early to tell. A final gain or a head below "
+        f"{SHRUNK_SHARE:.0%} of its initial size is a failure all the same.",
+    ),
+    (
         "Barely trained",
         f"Held-out cross-entropy was never more than {UNTRAINED_NATS} nats below where it started and is more than "
         f"{COLLAPSE_NATS} nats above the unigram's, the final gain began at {FRESH_GAIN} or more (norms begin with 1; "
@@ -79,10 +92,11 @@ RULES = (
     (
         "Collapsed",
         f"Mutual information is at most {CONTEXT_NATS}, held-out cross-entropy is more than {COLLAPSE_NATS} "
-        f"nats above the unigram's, and one of these holds: it is more than {STALL_NATS} nats above its own "
-        f"best; it improved by less than {STALL_NATS} nats over the second half of the run; the predictive "
-        f"entropy is at least {NEAR_UNIFORM_SHARE:.0%} of ln V; the final gain or the head is below "
-        f"{SHRUNK_SHARE:.0%} of its initial size.",
+        f"nats above the unigram's, and one of these holds: the final gain or the head is below "
+        f"{SHRUNK_SHARE:.0%} of its initial size; held-out cross-entropy is more than {STALL_NATS} nats above its own "
+        f"best; it improved by at most {STALL_NATS} nats over the second half of the run; the predictive "
+        f"entropy is at least {NEAR_UNIFORM_SHARE:.0%} of ln V in a run that goes on from another one, or rose to that "
+        "in a run that began with a new network and is not known to be falling.",
     ),
     ("Too early to tell", "As collapsed, but none of its signs of failure holds."),
     (
@@ -175,10 +189,40 @@ def is_alive(row: Row) -> bool | None:
     return ce < unigram and mi > CONTEXT_NATS
 
 
-def classify(rows: Sequence[Row], ln_v: float | None) -> str | None:
-    """The status (a key of ``STATUS``) at the last of the rows; None when it cannot be told for lack of
-    numbers.
+def arm_status(study: Study, arm: str, rows: Sequence[Row] | None = None) -> str | None:
+    """:func:`classify` of the mean over an arm's leading runs, or of other `rows` of that arm.
+
+    The report and ``diagnose`` both judge by :func:`classify`, so one run has one verdict.
     """
+    return classify(course(study, arm) if rows is None else rows, log_vocab(study), warmup_of(study, arm))
+
+
+def warmup_of(study: Study, arm: str) -> int:
+    """Steps of the learning rate's warm-up that an arm's settings name; 0 when they name none."""
+    flat = settings_of(study, arm)
+    found = next((value for key, value in flat.items() if key.rsplit(".", 1)[-1] == "warmup_steps"), "0")
+    return int(found.replace(",", "")) if found.replace(",", "").isdigit() else 0
+
+
+def classify(rows: Sequence[Row], ln_v: float | None, warmup_steps: int = 0) -> str | None:
+    """The status of a run at its last evaluation, by ``RULES``.
+
+    Args:
+        rows: evaluations of the run, at least one.
+        ln_v: log of the vocabulary's size, nats; None when it is not known.
+        warmup_steps: steps over which the learning rate rises to its peak.
+
+    Returns:
+        A key of ``STATUS``; None when the rows lack the numbers.
+    """
+    status = _status(rows, ln_v)
+    too_short = status in ("untrained", "early", "collapsed", "failing")
+    if too_short and rows[-1]["step"] <= warmup_steps and not _has_vanished(rows):
+        return "warmup"
+    return status
+
+
+def _status(rows: Sequence[Row], ln_v: float | None) -> str | None:
     last = rows[-1]
     raw = number(last.get("heldout_cross_entropy"))
     if raw is None:
@@ -228,18 +272,24 @@ def _has_vanished(rows: Sequence[Row]) -> bool:
 
 def _has_failed(rows: Sequence[Row], ln_v: float | None) -> bool:
     """Whether a network that is worse than word counts shows a failure, and is not just on its way to them."""
-    last = rows[-1]
+    if _has_vanished(rows):
+        return True
     points = [(row["step"], ce) for row in rows if (ce := get(row, "heldout_cross_entropy")) is not None]
-    best = min(ce for _, ce in points)
-    if points[-1][1] > best + STALL_NATS:
+    if points[-1][1] > min(ce for _, ce in points) + STALL_NATS:
         return True  # the loss was better before
-    half = [ce for step, ce in points if step >= last["step"] / 2]
-    if len(half) > 1 and half[0] - min(half) <= STALL_NATS:
-        return True  # the loss stands still
-    entropy = get(last, "predictive_entropy")
-    if ln_v is not None and entropy is not None and entropy >= NEAR_UNIFORM_SHARE * ln_v:
-        return True  # the output has gone nearly uniform
-    return _has_vanished(rows)
+    half = [ce for step, ce in points if step >= rows[-1]["step"] / 2]
+    falls = len(half) > 1 and half[0] - min(half) > STALL_NATS
+    if len(half) > 1 and not falls:
+        return True  # the loss does not fall any more
+    if not _is_nearly_uniform(rows[-1], ln_v):
+        return False
+    # The output of a new network is nearly uniform too, and stays so while its loss begins to fall.
+    return not _is_fresh(rows[0]) or not (falls or _is_nearly_uniform(rows[0], ln_v))
+
+
+def _is_nearly_uniform(row: Row, ln_v: float | None) -> bool:
+    entropy = get(row, "predictive_entropy")
+    return ln_v is not None and entropy is not None and entropy >= NEAR_UNIFORM_SHARE * ln_v
 
 
 def find_fall(rows: Sequence[Row]) -> Fall | None:

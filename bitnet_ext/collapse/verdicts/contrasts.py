@@ -15,10 +15,9 @@ from bitnet_ext.collapse.results.status import (
     SAME_NATS,
     STATUS,
     UNDECIDED,
-    classify,
+    arm_status,
     course,
     get,
-    log_vocab,
 )
 from bitnet_ext.collapse.verdicts.findings import Finding
 from bitnet_ext.collapse.verdicts.wording import count, nats, signed, steps
@@ -102,7 +101,8 @@ def contrast_findings(study: Study) -> list[Finding]:
             finding = _compare(study, contrast)
             if finding is not None:
                 found.append(finding)
-            if contrast.other == "reduced-lr":
+            decided = not {arm_status(study, arm) for arm in (contrast.base, contrast.other)} & UNDECIDED
+            if contrast.other == "reduced-lr" and decided:
                 clock = clock_finding(study, contrast.base, contrast.other)
                 if clock is not None:
                     found.append(clock)
@@ -119,8 +119,10 @@ def _compare(study: Study, contrast: Contrast) -> Finding | None:
     b_rows = [row for row in other if row["step"] <= step]
     a, b = a_rows[-1], b_rows[-1]
     ce_a, ce_b = get(a, "heldout_cross_entropy"), get(b, "heldout_cross_entropy")
-    ln_v = log_vocab(study)
-    status_a, status_b = classify(a_rows, ln_v), classify(b_rows, ln_v)
+    status_a, status_b = (
+        arm_status(study, contrast.base, a_rows),
+        arm_status(study, contrast.other, b_rows),
+    )
     if status_a is None or status_b is None:
         return None
     label = f"{contrast.other} against {contrast.base}"

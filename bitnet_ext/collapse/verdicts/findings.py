@@ -16,13 +16,14 @@ from bitnet_ext.collapse.results.status import (
     COLLAPSE_NATS,
     CONFIDENCE_NATS,
     CONTEXT_NATS,
+    EARLY,
     NEAR_UNIFORM_SHARE,
     RISE_NATS,
     RISE_TOKENS,
     SHRUNK_SHARE,
     STATUS,
     UNIFORM_NATS,
-    classify,
+    arm_status,
     course,
     find_fall,
     finite,
@@ -52,21 +53,22 @@ def arm_findings(study: Study, arm: str) -> list[Finding]:
     rows, ln_v = course(study, arm), log_vocab(study)
     if not rows:
         return []
+    status = arm_status(study, arm, rows)
+    early = status in EARLY  # what a run shows so soon says nothing about where it goes
     found = [
-        _ending(study, arm, rows, ln_v),
-        _tokens(rows, ln_v),
+        _ending(study, arm, rows, status),
+        None if early else _tokens(rows, ln_v),
         _uniform(rows, ln_v),
         _unigram_crossing(rows),
-        *_disagreements(rows),
-        _confidence(rows),
+        *([] if early else _disagreements(rows)),
+        None if early else _confidence(rows),
         _norms(rows),
         _codes(rows),
     ]
     return [finding for finding in found if finding is not None]
 
 
-def _ending(study: Study, arm: str, rows: Sequence[Row], ln_v: float | None) -> Finding | None:
-    status = classify(rows, ln_v)
+def _ending(study: Study, arm: str, rows: Sequence[Row], status: str | None) -> Finding | None:
     last = rows[-1]
     if status is None:
         return None
@@ -88,7 +90,7 @@ def _ending(study: Study, arm: str, rows: Sequence[Row], ln_v: float | None) -> 
     text += f". By the rules below: {STATUS[status][1]}."
     runs = study.leading(arm)
     if len(runs) > 1:
-        kinds = [classify(run.evals, ln_v) for run in runs]
+        kinds = [arm_status(study, arm, run.evals) for run in runs]
         values = [
             v for run in runs if (v := run.final("heldout_cross_entropy")) is not None and math.isfinite(v)
         ]

@@ -29,6 +29,12 @@ from bitnet_ext.collapse.pages.figures.drawing import (
 from bitnet_ext.collapse.results import Study, require_evaluations, write_atomic
 
 _COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY, BLACK)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+#: Reference predictors: words of the legend, and the dashes of a grey line.
+_REFERENCES: dict[str, tuple[str, Any]] = {
+    "uniform": ("uniform, ln V = {:.2f}", (0, (1, 1.6))),
+    "unigram": ("unigram (word counts), {:.2f}", (0, (7, 2, 1, 2))),
+}
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 1.5, 1, 1.5)))
 
 #: Looks of the registered arms: the colour is the optimiser or the remedy, dashes are a full-precision twin.
@@ -67,6 +73,7 @@ class _Plan:
     over: tuple[str, ...] = ("step",)  # one column of panels for each
 
 
+_GREY = "#666666"
 _LOSS = "nats per token"
 _PLANS = (
     _Plan(
@@ -135,7 +142,7 @@ _PLANS = (
             _Panel("ternary_zero", "share of 0", zero=True),
             _Panel("ternary_positive", "share of +1", zero=True),
             _Panel("ternary_negative", "share of \N{MINUS SIGN}1", zero=True),
-            _Panel("flip_rate", "codes changed\nby one step", zero=True),
+            _Panel("flip_rate", "codes changed\nby one step", log=True),
         ),
     ),
     _Plan(
@@ -144,7 +151,7 @@ _PLANS = (
         "Norm of the gradient of all parameters before clipping, and the two schedules.",
         (
             _Panel("grad_norm", "gradient norm", log=True),
-            _Panel("lr", "learning rate", zero=True),
+            _Panel("lr", "learning rate", log=True),
             _Panel("weight_decay", "weight decay", zero=True),
         ),
     ),
@@ -216,8 +223,15 @@ def _draw(study: Study, plan: _Plan, styles: dict[str, tuple[str, Any]]) -> Figu
     ]
     if not cells:
         return None
-    legend_columns = len(styles) if len(styles) < 4 else 2 if len(styles) == 4 else 3
-    figure, axes = _layout(cells, math.ceil(len(styles) / legend_columns))
+    references = [
+        name
+        for name in _REFERENCES
+        if any(name in (panel.reference or "") for panel, _ in cells)
+        and _reference_value(study, name) is not None
+    ]
+    entries = len(styles) + len(references)
+    legend_columns = entries if entries < 4 else 2 if entries == 4 else 3
+    figure, axes = _layout(cells, math.ceil(entries / legend_columns))
     used: list[str] = []
     for axis, (panel, over) in zip(axes, cells, strict=True):
         used += [arm for arm in _draw_panel(axis, study, panel, over, styles) if arm not in used]
@@ -229,10 +243,19 @@ def _draw(study: Study, plan: _Plan, styles: dict[str, tuple[str, Any]]) -> Figu
             axis.tick_params(labelbottom=axis is group[-1])
         group[-1].set_xlabel(_X_LABEL[over])
     handles = [
-        Line2D([], [], color=styles[arm][0], linestyle=styles[arm][1], linewidth=2, label=arm)
-        for arm in styles
+        Line2D(
+            [], [], color=colour, linestyle=dash, linewidth=2, label=arm, marker=_marker(index), markersize=5
+        )
+        for index, (arm, (colour, dash)) in enumerate(styles.items())
         if arm in used
     ]
+    handles += [
+        Line2D(
+            [], [], color=_GREY, linestyle=_REFERENCES[name][1],
+            label=_REFERENCES[name][0].format(_reference_value(study, name)),
+        )
+        for name in references
+    ]  # fmt: skip
     legend = figure.legend(
         handles=handles,
         loc="lower center",
@@ -291,10 +314,13 @@ def _draw_panel(
                     *run.series(panel.key, over), color=colour, linestyle=dash, linewidth=0.7, alpha=0.45
                 )
         xs, ys = study.mean_series(arm, panel.key, over)
-        marker = "o" if len(xs) == 1 else None  # a line through one point shows nothing
-        # Later arms are thinner and lie on top: where curves coincide, all of them can be seen.
+        # Later arms are thinner and on top, and the markers of the arms alternate: curves that coincide stay distinct.
         width = 2.9 - 1.6 * index / max(1, len(styles) - 1)
-        axis.plot(xs, ys, color=colour, linestyle=dash, linewidth=width, marker=marker, markersize=4)
+        every = (index % max(1, len(xs)), len(styles))
+        axis.plot(
+            xs, ys, color=colour, linestyle=dash, linewidth=width,
+            marker=_marker(index), markersize=4.5, markevery=every,
+        )  # fmt: skip
     axis.set_ylabel(panel.label)
     high = axis.get_ylim()[1]
     if panel.zero and high > 0:
@@ -304,7 +330,9 @@ def _draw_panel(
     if panel.log:
         _minor_ticks(axis)
     for name in (panel.reference or "").split():
-        _reference(axis, study, name)
+        value = _reference_value(study, name)
+        if value is not None:
+            axis.axhline(value, color=_GREY, linestyle=_REFERENCES[name][1], linewidth=1, zorder=1)
     axis.grid(True, which="major", color="#d9d9d9", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -334,24 +362,13 @@ def _minor_ticks(axis: Any) -> None:
     )
 
 
-def _reference(axis: Any, study: Study, name: str) -> None:
-    """A dotted grey line for the uniform or the unigram predictor, with its name at the right end."""
+def _marker(index: int) -> str:
+    return _MARKERS[index % len(_MARKERS)]
+
+
+def _reference_value(study: Study, name: str) -> float | None:
+    """Cross-entropy of the uniform or of the unigram predictor, nats; None where the study does not know it."""
     if name == "uniform":
-        value = math.log(study.vocab_size) if study.vocab_size else None
-        label = f"uniform, ln V = {value:.2f}" if value is not None else ""
-    else:
-        value = study.unigram_cross_entropy
-        label = f"unigram, {value:.2f}" if value is not None else ""
-    if value is None or not math.isfinite(value):
-        return
-    axis.axhline(value, color="#666666", linestyle=(0, (2, 2)), linewidth=1, zorder=1)
-    axis.annotate(
-        label,
-        (1, value),
-        xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color="#444444",
-    )
+        return math.log(study.vocab_size) if study.vocab_size else None
+    value = study.unigram_cross_entropy
+    return value if value is not None and math.isfinite(value) else None

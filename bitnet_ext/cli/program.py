@@ -1,0 +1,83 @@
+"""The command's name, its module, its errors and its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from bitnet_ext import __version__
+from bitnet_ext.cli import output
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+#: Each command's line of help. The command's module has its name.
+COMMANDS = {
+    "info": "tell versions, devices and kernels of this installation",
+    "train": "train a model on a text",
+    "eval": "measure loss, perplexity and bits per byte of a model on a text",
+    "generate": "continue a text with a trained model",
+    "collapse": "run the collapse experiments and write their report; diagnose a run",
+}
+
+EPILOG = """\
+examples:
+  bitnet-ext train --out runs/first --model collapse-128 --steps 300
+  bitnet-ext train --resume runs/first
+  bitnet-ext eval runs/first
+  bitnet-ext generate runs/first "The river"
+  bitnet-ext collapse diagnose runs/first
+
+`bitnet-ext COMMAND --help` explains every option of a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs one command; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    output.open_missing()
+    try:
+        status = _run(words)
+    except SystemExit as end:  # of argparse: --help, or a usage error
+        output.settle(0)
+        raise end
+    return output.settle(status)
+
+
+def _run(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bitnet-ext",
+        description="Train, understand and run ternary (BitNet b1.58) language models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bitnet_ext {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for name, words_of_help in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=words_of_help, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == chosen:  # the others need not be read
+            module = importlib.import_module(f"bitnet_ext.cli.{name}")
+            module.add_arguments(command)
+    args = parser.parse_args(words)
+    try:
+        status: int = module.run(args)
+        return status
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except RuntimeError as error:
+        # What an operator refused, such as a forced instruction set; any other RuntimeError is a defect.
+        if not str(error).startswith("bitnet_ext"):
+            raise
+        print(f"error: {str(error).strip()}", file=sys.stderr)
+        return EXIT_USAGE
