@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from bitnet_ext.models import PRESETS, BitNetForCausalLM, preset
-from bitnet_ext.nn import weight_caches
+from bitnet_ext.nn import frozen_weights
 from bitnet_ext.testing import (
     Timing,
     environment,
@@ -55,11 +55,11 @@ class Ours:
         config = TrainConfig(optimizer=kind, grad_clip=MAX_NORM, weight_decay=DECAY)
         self.optimizer = FusedAdam(model, config)
         device = next(model.parameters()).device
-        model(torch.zeros(1, 2, dtype=torch.int64, device=device))  # fills the caches
-        caches = [(c, c.weights) for c in weight_caches(model)]
-        groups = [(c, weights) for c, weights in caches if weights is not None]
-        self.ternary = sum(w.numel() for _, weights in groups for w in weights)
-        self.optimizer.keep_codes([w for _, w in groups], [c.get(w) for c, w in groups])
+        with frozen_weights(model) as frozen:
+            model(torch.zeros(1, 2, dtype=torch.int64, device=device))
+            made = frozen.made()
+        self.ternary = sum(w.numel() for _, weights, _ in made for w in weights)
+        self.optimizer.keep_codes([weights for _, weights, _ in made], [codes for *_, codes in made])
         self.hyper = torch.tensor([LR, DECAY, 1 - config.beta1, 1 - config.beta2, 10 * LR], device=device)
         self.scale = torch.ones((), device=device)
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from bitnet_ext import _threads
 from bitnet_ext._lazy import lazy_names
 
 __version__ = "0.1.0"
+
+_threads.bound_spinning()  # before torch is imported
 
 __all__ = ["__version__", "build_info", "ops"]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 #: Priorities of the kernels of a training step, and of those that run beside them.
 STEP_PRIORITY, SIDE_PRIORITY = -2, -1
@@ -54,6 +55,14 @@ def _pool_of(stream: torch.cuda.Stream) -> Any:
             torch.zeros(1, device=stream.device)
         _pools[stream.cuda_stream] = anchor
     return _pools[stream.cuda_stream].pool()
+
+
+def places_of(tensors: Iterable[Tensor]) -> list[object]:
+    """Where tensors lie and how. A graph reads the addresses of its capture: it may be replayed while this is equal.
+
+    Values may differ, a replay reads them. The host does not wait for the device.
+    """
+    return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
 
 @contextmanager

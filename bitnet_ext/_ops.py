@@ -380,6 +380,13 @@ def _probability_sums(logits: Tensor, V: int, target: Tensor, lse: Tensor, softc
     return lse.new_empty(((logits.shape[0] + 31) // 32, V))
 
 
+def _predicted_rows_(logits: Tensor, V: int, target: Tensor) -> tuple[Tensor, ...]:
+    T = logits.shape[0]
+    cross_entropy, entropy, top = (logits.new_empty((T,), dtype=torch.float64) for _ in range(3))
+    std, argmax = logits.new_empty((T,), dtype=torch.float32), target.new_empty((T,))
+    return cross_entropy, entropy, top, std, argmax, logits.new_empty((V,), dtype=torch.float64)
+
+
 def _scale_(tensors: list[Tensor], scale: Tensor) -> None:
     return None
 
@@ -509,6 +516,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy_rows_": _cross_entropy_rows_,
     "cross_entropy_mean": _cross_entropy_mean,
     "probability_sums": _probability_sums,
+    "predicted_rows_": _predicted_rows_,
     "scale_": _scale_,
     "linear_cross_entropy": loss.fake,
     "skinny_mm_nt_": _skinny_mm,

@@ -12,23 +12,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from scikit_build_core import build as _backend
 from scikit_build_core.build import *  # noqa: F403  (the hooks that need no change)
 
 MINIMUM_TORCH = (2, 11)
-_PROBE = "import torch; print(torch.__version__)"
+_FACTS = Path(__file__).with_name("torch_facts.py")
 _HIDING = ("PYTHONPATH", "PYTHONNOUSERSITE")  # what pip sets for an isolated build
 
 
 def _installed_torch() -> str | None:
-    """The version of the torch that the target environment imports, or None."""
+    """The version of the torch that the target environment has, or None."""
     environment = {name: value for name, value in os.environ.items() if name not in _HIDING}
     probe = subprocess.run(
-        [sys.executable, "-c", _PROBE], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, str(_FACTS)], capture_output=True, text=True, env=environment, check=False
     )
-    lines = probe.stdout.split()
-    return lines[-1] if probe.returncode == 0 and lines else None
+    return probe.stdout.splitlines()[1] if probe.returncode == 0 else None
 
 
 def _torch_requirement() -> list[str]:

@@ -134,6 +134,11 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
       "float entropy_weight, float diversity_weight, float output_l2) -> "
       "(Tensor loss, Tensor mean_cross_entropy, Tensor mean_entropy, Tensor mean_square)");
   m.def("probability_sums(Tensor logits, int V, Tensor target, Tensor lse, float softcap) -> Tensor");
+  // What a model predicts, on the CPU; the logits are used up. mass float64 [V]: the sum of the
+  // distributions of the rows whose target is not negative.
+  m.def(
+      "predicted_rows_(Tensor(a!) logits, int V, Tensor target) -> (Tensor cross_entropy, Tensor entropy, "
+      "Tensor top_log_probability, Tensor logit_std, Tensor argmax, Tensor mass)");
   m.def("scale_(Tensor(a!)[] tensors, Tensor scale) -> ()");
   // Implemented in bitnet_ext/ops/loss.py from the operators above and matrix products.
   m.def(
@@ -173,4 +178,6 @@ STABLE_TORCH_LIBRARY(bitnet_ext, m) {
   // --- settings of the process, for tests and bug reports ---
   m.def("_cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
+  m.def("_cpu_info() -> str");    // JSON (csrc/build_info.cpp)
+  m.def("_build_info() -> str");  // JSON (CMakeLists.txt)
 }

@@ -68,6 +68,19 @@ def check_seconds(seconds: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_weight_cache_has_a_row_for_each_loop(device: str, tmp_path: Path) -> None:
+    arguments = ("--device", device, "--threads", "1", "--no-fsdp")
+    printed, result = run_script("weight_cache.py", tmp_path, *arguments)
+    assert "rule / vouched" in printed and "loop, 4 micro-batches" in printed
+    steps, loops = [], []
+    for row in result["rows"]:
+        (steps if "step" in row["name"] else loops).append(set(row["variants"]))
+        assert all(v["seconds_per_step"] > 0 for v in row["variants"].values())
+    assert steps and all(names == {"rule", "vouched", "codes"} for names in steps)
+    assert len(loops) == 2 and all(names == {"rule", "frozen", "vouched", "codes"} for names in loops)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_train_step(device: str, tmp_path: Path) -> None:
     printed, result = run_script("train_step.py", tmp_path, "--device", device, "--threads", "1")
     check_common(result, "train_step", device)

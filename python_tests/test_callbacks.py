@@ -127,7 +127,7 @@ def test_held_out_loss_at_intervals(tmp_path: Path) -> None:
 
 def test_an_eval_interval_needs_a_text() -> None:
     config = dataclasses.replace(CONFIG, eval_interval=4)
-    with pytest.raises(ValueError, match="eval_interval needs heldout"):
+    with pytest.raises(ValueError, match="eval_interval needs a text"):
         Trainer(model(), config, TOKENS, device="cpu")
     with pytest.raises(ValueError, match="the model's vocab_size is 101"):
         Trainer(model(), config, TOKENS, device="cpu", heldout=np.array([5, 101]))

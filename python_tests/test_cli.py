@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from bitnet_ext import cli
+from bitnet_ext import __version__, cli
+from bitnet_ext.cli.program import COMMANDS
 from bitnet_ext.collapse.arms import ARMS, arm_config, report_config
+from bitnet_ext.models import config, preset
+from bitnet_ext.nn import QUANTIZATIONS
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_collapse.py"
 
@@ -114,9 +118,28 @@ def test_train_and_generate(text: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(train) == 0
     capsys.readouterr()
     assert cli.main(["generate", str(out), "The river", "--max-new-tokens", "5", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("The river")
+    found = capsys.readouterr().out
+    assert found.startswith("The river")
+    # Sampled by default; the likeliest tokens are another text.
+    assert cli.main(["generate", str(out), "The river", "--max-new-tokens", "5", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == found
+    greedy = [
+        "generate",
+        str(out),
+        "The river",
+        "--max-new-tokens",
+        "5",
+        "--temperature",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(greedy) == 0
+    assert capsys.readouterr().out != found
+    assert cli.main(["generate", str(out), "", "--device", "cpu"]) == 2
+    assert "at least one token" in capsys.readouterr().err
     assert cli.main(["generate", str(tmp_path), "The river"]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert "holds no model" in capsys.readouterr().err
     assert cli.main(train) == 2
     assert "already holds a run" in capsys.readouterr().err
 
@@ -132,8 +155,85 @@ def test_a_forced_instruction_set_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["cpu_isa"] in ("scalar", "avx2", "avx512")
     assert cli.main(["info"]) == 0
-    assert json.loads(capsys.readouterr().out)["cpu_isa"] in ("scalar", "avx2", "avx512")
+    lines = dict(
+        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " kernels" not in line
+    )
+    assert lines["bitnet_ext"] == facts["version"] and lines["torch"].startswith(facts["torch"])
+    assert "where --device auto runs" in lines["device"]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="says why there are no CUDA kernels")
+def test_info_says_why_cuda_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("CUDA kernels"))
+    assert "off" in line and "CUDA" in line.removeprefix("CUDA kernels")
+
+
+WITHOUT_TORCH = """
+import sys, importlib.abc
+class Refuses(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("torch", "numpy", "tqdm", "tiktoken"):
+            raise ImportError(f"{name} is not for help texts")
+sys.meta_path.insert(0, Refuses())
+import bitnet_ext_cli
+sys.exit(bitnet_ext_cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS if name != "collapse")],
+    ids=" ".join,
+)
+def test_help_and_version_need_no_torch(words: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    before = os.times()
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    expected = (
+        __version__ if words == ["--version"] else "examples:" if words != ["info", "--help"] else "--json"
+    )
+    assert expected in result.stdout
+    # Time on the processor, of all that was started since: other programs do not count.
+    now = os.times()
+    assert now.children_user + now.children_system - before.children_user - before.children_system < 0.3
+
+
+def test_the_package_registers_its_operators_on_import(tmp_path: Path) -> None:
+    """Whoever imports it before torch finds torch.ops.bitnet_ext, and every lazy name."""
+    code = (
+        "import bitnet_ext, torch; torch.ops.bitnet_ext.quantize_act_int8(torch.ones(2, 8));"
+        "import bitnet_ext.training as t, bitnet_ext.models as m;"
+        "[getattr(p, n) for p in (bitnet_ext, t, m) for n in p.__all__]; t.trainer.Trainer is t.Trainer or exit(3)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    import bitnet_ext.training
+
+    with pytest.raises(AttributeError, match="no attribute 'Trainers'"):
+        bitnet_ext.training.Trainers  # noqa: B018
+
+
+def test_the_quantizations_of_models_and_layers_are_the_same() -> None:
+    assert config.QUANTIZATIONS == QUANTIZATIONS
+
+
+def test_an_unknown_field_names_those_there_are() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown fields qk_norm; BitNetConfig has vocab_size, .*convert_linear"
+    ):
+        preset("collapse-64", qk_norm=True)
 
 
 def test_every_arm_differs_from_the_standard_run() -> None:

@@ -187,6 +187,8 @@ def case_softmax(M: int, N: int, K: int, dtype: torch.dtype, generator: torch.Ge
             outputs.append(grad)
             before = ops.cross_entropy_rows_(rows, V, inside, None, None, *terms, softcap)
             outputs += [*before, ops.probability_sums(rows, V, inside, before[0], softcap)]
+        used = rows.clone()
+        outputs += [*ops.predicted_rows_(used, V, inside), used]
     return outputs
 
 

@@ -239,6 +239,70 @@ def test_softmax_stats(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("V", "columns", "scale", "shift"), [(50257, 50304, 4.0, 0.0), (67, 128, 1e-3, 5.0), (1, 1, 1.0, 0.0)]
+)
+def test_predicted_rows(device: str, V: int, columns: int, scale: float, shift: float) -> None:
+    """Against float64, no further from it than twice plain PyTorch in float32 (and two roundings)."""
+    generator = torch.Generator().manual_seed(V)
+    logits = scale * torch.randn(70, columns, generator=generator) + shift  # three slices of rows on a CPU
+    logits[2, :V] = 3.0  # all equal: the lowest index wins
+    logits[3, V // 2] = logits[3, V - 1] = 60.0
+    logits[4, : V - 1] = -250.0  # exp is 0
+    target = torch.randint(0, V, (70,), generator=generator)
+    target[::9] = -100
+    logits, target = logits.to(device), target.to(device)
+    exact = ops.predicted_rows_ref(logits.double(), V, target)
+    plain = ops.predicted_rows_ref(logits, V, target)
+    got = ops.predicted_rows_(logits.clone(), V, target)
+    assert torch.equal(got.argmax, exact.argmax) and got.argmax[2] == 0
+    for name, value in got._asdict().items():
+        reference = getattr(exact, name).double()
+        error = (value.double() - reference).abs().max().item()
+        allowed = (getattr(plain, name).double() - reference).abs().max().item()
+        rounding = torch.finfo(torch.float32).eps * reference.abs().max().item()
+        assert error <= 2 * allowed + 2 * rounding, (name, error, allowed)
+
+
+def test_predicted_rows_do_not_depend_on_threads() -> None:
+    logits = torch.randn(100, 4096, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(100)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(ops.predicted_rows_(logits.clone(), 4000, target))
+    torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+
+
+def test_predicted_rows_refuse_what_they_cannot_read() -> None:
+    logits, target = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64)
+    assert ops.predicted_rows_(logits[:0], 8, target[:0]).mass.tolist() == [0.0] * 8
+    with pytest.raises(ValueError, match="one a row of logits"):
+        ops.predicted_rows_(logits, 8, target[:1])
+    with pytest.raises(RuntimeError, match="V must be between 1 and 8; got 9"):
+        ops.predicted_rows_(logits, 9, target)
+    with pytest.raises(RuntimeError, match="target must be below V = 8"):
+        ops.predicted_rows_(logits, 8, target + 8)
+    with pytest.raises(RuntimeError, match="logits must be contiguous"):
+        ops.predicted_rows_(torch.zeros(8, 2).t(), 8, target)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_logits_of_a_buffer(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(5, 16, generator=generator), torch.randn(67, 16, generator=generator)
+    hidden, head = hidden.to(device), head.to(device)
+    buffer = ops.logits_buffer(9, 67, dtype=hidden.dtype, device=hidden.device)
+    assert buffer.shape == (9, 128) and buffer.is_contiguous()
+    logits = ops.logits_in(buffer, hidden, head)
+    assert logits.shape == (5, 67) and logits.data_ptr() == buffer.data_ptr()
+    torch.testing.assert_close(logits, hidden @ head.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_nan_stays_visible(device: str) -> None:
     hidden, weight, target = problem(4, 19, 8, device)
     hidden[1, 2] = float("nan")

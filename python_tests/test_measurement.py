@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitnet_ext import metrics
+from bitnet_ext._capture import places_of
 from bitnet_ext.collapse import evaluator as evaluator_module
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
 from bitnet_ext.inference import generate
@@ -152,3 +153,19 @@ def test_captured_decoding(packed: bool, choice: dict[str, Any], monkeypatch: py
     # Attention adds up in another order, so that a choice between near equals may fall otherwise.
     assert (eager == captured).float().mean() > 0.7
     assert torch.equal(eager[:, :12], captured[:, :12])
+
+
+def test_places_tell_that_a_replay_would_read_other_memory() -> None:
+    p = torch.nn.Parameter(torch.ones(4, 6))
+    before = places_of([p])
+    with torch.no_grad():
+        p.add_(1)
+    p.data.copy_(torch.zeros(4, 6))
+    assert places_of([p]) == before  # values are read by the replay
+    held = p.data
+    p.data = p.detach().clone()
+    assert places_of([p]) != before and held.shape == p.shape
+    p.data = held
+    assert places_of([p]) == before
+    p.data = held.view(6, 4)
+    assert places_of([p]) != before

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_ext import metrics, ops
-from bitnet_ext.metrics import PredictionStatistics
+from bitnet_ext.metrics import PredictionStatistics, distribution
+from bitnet_ext.metrics.measurement import in_blocks
 from bitnet_ext.models import BitNetForCausalLM, preset
 from bitnet_ext.nn import BitLinear
 
@@ -297,10 +298,50 @@ def test_unique_predictions(device: str) -> None:
         model.final_norm.weight.zero_()  # all logits are 0: the first token wins everywhere
     assert metrics.unique_predictions(model, prompts) == 1
     with torch.no_grad():
-        model.head_weight.fill_(math.nan)
+        model.head_weight[5, 3] = math.nan  # one token of them
     assert metrics.unique_predictions(model, prompts) is None
     with pytest.raises(ValueError, match="prompts must be int64"):
         metrics.unique_predictions(model, prompts.float())
+
+
+def test_blocks_cover_everything_once() -> None:
+    one, two = torch.arange(1000.0).view(10, 100), torch.randn(10, 100)
+    parts = list(in_blocks(one, two, elements=300))
+    assert [len(a) for a, _ in parts] == [300, 300, 300, 100]
+    assert torch.equal(torch.cat([a for a, _ in parts]), one.view(-1))
+    assert torch.equal(torch.cat([b for _, b in parts]), two.view(-1))
+
+
+def test_large_parameters_are_measured_whole() -> None:
+    """More elements than a block has, against direct fp64 sums."""
+    generator = torch.Generator().manual_seed(0)
+    weight, m = (torch.randn(1100, 500, generator=generator) for _ in range(2))
+    v = torch.rand(1100, 500, generator=generator)
+    terms = metrics.DecayTerms(weight, 0.1, metrics.AdamDirection(m, v, 0.5, 0.3, 1e-8), torch.tensor(0.2))
+    direction = (m / 0.5) / ((v / 0.3).sqrt() + 1e-8)
+    assert int(metrics.decay_dominates(terms)) == int((weight.abs() * 0.1 > (direction * 0.2).abs()).sum())
+    assert int(metrics.decay_dominates(metrics.DecayTerms(weight, 0.1, m))) == int(
+        (weight.abs() * 0.1 > m.abs()).sum()
+    )
+    model = BitNetForCausalLM(preset("collapse-64", vocab_size=9000), seed=0)
+    found = metrics.weight_norms(model)
+    for key, p in (
+        ("embedding_mean_abs", model.embed_tokens.weight),
+        ("lm_head_mean_abs", model.head_weight),
+    ):
+        assert found[key] == pytest.approx(p.detach().double().abs().mean().item(), rel=1e-6)
+
+
+def test_heldout_positions_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rows of logits at once than a batch has positions: the same statistics."""
+    model, log_probs = small_model(), unigram()
+    tokens = targets(1000, log_probs).numpy().astype(np.uint16)
+    settings: Any = {"seq_len": 16, "max_tokens": 500, "batch_rows": 7, "device": "cpu"}
+    whole = metrics.evaluate_heldout(model, tokens, log_probs, **settings)
+    monkeypatch.setattr(distribution, "_CPU_LOGITS_BYTES", 13 * 4 * V)
+    parts = metrics.evaluate_heldout(model, tokens, log_probs, **settings)
+    for key, value in whole.items():
+        assert parts[key] == pytest.approx(value, rel=1e-6, abs=1e-7), key
 
 
 def test_effective_size() -> None:

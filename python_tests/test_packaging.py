@@ -1,4 +1,4 @@
-"""The installed package: its compiled modules, data, metadata and command, and what its build asks for."""
+"""The installed package: its compiled modules, data, metadata and command, and what an import costs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import subprocess
 import sys
 import sysconfig
 from importlib import resources
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,8 @@ import torch
 import bitnet_ext
 from bitnet_ext import _load, cli
 from bitnet_ext.data.gpt2 import VOCAB_BPE_SHA256
+from bitnet_ext.ops._compiler import assume_constant_result
+from bitnet_ext.training.device import resolve_device
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(_load._compiled.glob("_*.so"))
@@ -46,10 +47,38 @@ def command(*arguments: str) -> str:
 
 def test_the_modules_come_from_one_build() -> None:
     names = {path.name.split(".")[0] for path in MODULES}
-    assert {"_C", "_native"} <= names <= {"_C", "_C_cuda", "_native"}
-    assert all(
-        Path(sys.modules[f"bitnet_ext.{name}"].__file__ or "") in MODULES for name in ("_C", "_native")
+    assert {"_C"} <= names <= {"_C", "_C_cuda", "_native"}
+    loaded = [name for name in ("_C", "_C_cuda", "_native") if f"bitnet_ext.{name}" in sys.modules]
+    assert "_C" in loaded
+    assert all(Path(sys.modules[f"bitnet_ext.{name}"].__file__ or "") in MODULES for name in loaded)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name.split(".")[0])
+def test_the_operators_use_only_the_limited_api_of_python(path: Path) -> None:
+    if path.name.startswith("_native"):
+        pytest.skip("pybind11 has no limited API: a wheel holds _native for one version of Python")
+    assert path.name.endswith(".abi3.so")
+    lines = [line.split() for line in readelf("--dyn-syms", str(path)).splitlines()]
+    python = {fields[7].split("@")[0] for fields in lines if len(fields) > 7 and fields[7].startswith("Py")}
+    assert python == {"PyInit_" + path.name.split(".")[0], "PyModule_Create2"}
+
+
+def test_the_package_works_without_the_module_of_one_python(tmp_path: Path) -> None:
+    """As a wheel serves a Python other than the one that built it."""
+    package = tmp_path / "bitnet_ext"
+    shutil.copytree(ROOT / "bitnet_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for path in MODULES:
+        if not path.name.startswith("_native"):
+            shutil.copy(path, package)
+    program = (
+        "import bitnet_ext, torch; assert bitnet_ext._load._native is None; "
+        "print(bitnet_ext._load._compiled, len(bitnet_ext.build_info()['cpu_features'])); "
+        "bitnet_ext.ops.pack_ternary(torch.ones(1, 4, dtype=torch.int8))"
     )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(package), "8"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name.split(".")[0])
@@ -78,7 +107,8 @@ def test_build_info() -> None:
     info = bitnet_ext.build_info()
     types: dict[str, type] = {
         "version": str, "torch": str, "torch_at_build": str, "compiler": str, "cuda_kernels": bool,
-        "cuda_archs": list, "cuda_at_build": str, "cpu_isa": str, "cpu_isas": list, "cpu_features": dict,
+        "cuda_reason": str, "cuda_archs": list, "cuda_at_build": str, "cpu_isa": str, "cpu_isas": list,
+        "cpu_features": dict,
     }  # fmt: skip
     assert {key: type(value) for key, value in info.items()} == types
     assert info["version"] == bitnet_ext.__version__ and info["torch"] == torch.__version__
@@ -90,6 +120,70 @@ def test_build_info() -> None:
     )
     assert all(re.fullmatch(r"\d+[af]?(-real|-virtual)?", arch) for arch in info["cuda_archs"])
     assert info["cuda_kernels"] <= bool(torch.version.cuda)
+    assert info["cuda_kernels"] == (info["cuda_reason"] == "")
+
+
+@pytest.mark.parametrize(
+    ("archs", "reason", "cuda", "expected"),
+    [
+        ("", "BITNET_EXT_CUDA=OFF", "13.0",
+         "bitnet_ext was built without CUDA kernels, because BITNET_EXT_CUDA=OFF"),
+        ("", "torch 2.13.0+cpu was built without CUDA", None,
+         "bitnet_ext was built without CUDA kernels, because torch 2.13.0+cpu was built without CUDA"),
+        ("90a-real", "BITNET_EXT_CUDA_ARCHS", None,
+         f"the CUDA kernels are built, but this torch ({torch.__version__}) has no CUDA"),
+    ],
+)  # fmt: skip
+def test_the_reason_for_no_cuda_kernels(
+    archs: str, reason: str, cuda: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = {**_load._built, "cuda_archs": archs, "cuda_reason": reason}
+    monkeypatch.setattr(_load, "_built", built)
+    monkeypatch.setattr(_load, "_C_cuda", None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert bitnet_ext.build_info()["cuda_reason"] == expected
+    assert _load.cuda_status() == f"off: {expected}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with pytest.raises(ValueError, match=re.escape(f"device 'cuda' cannot be used: {expected}; install it")):
+        resolve_device("cuda")
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "served"),
+    [
+        ("80-real,90a-real", (8, 0), True),
+        ("80-real,90a-real", (8, 9), True),  # machine code serves later GPUs of its generation
+        ("86-real", (8, 0), False),
+        ("80-real", (9, 0), False),
+        ("90a-real", (9, 0), True),
+        ("90a-real", (10, 0), False),
+        ("90a-real,90-virtual", (12, 0), True),  # PTX serves all later ones
+        ("90-virtual", (8, 9), False),
+        ("80", (9, 0), True),
+        ("100f-real", (10, 3), True),
+        ("120-real", (12, 1), True),
+    ],
+)
+def test_gpus_that_a_build_serves(
+    archs: str, capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_load, "_built", {**_load._built, "cuda_archs": archs})
+    assert _load.built_for(capability) is served
+    monkeypatch.setattr(_load, "_C_cuda", object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    if served:
+        assert resolve_device("cuda") == torch.device("cuda", 0)
+    else:
+        with pytest.raises(ValueError, match=r"built for .*, not for the \d+\.\d of a card; .*ARCHS=all"):
+            resolve_device("cuda")
 
 
 def test_modules_of_another_version_are_refused() -> None:
@@ -97,6 +191,13 @@ def test_modules_of_another_version_are_refused() -> None:
         ImportError, match=r"bitnet_ext \d.* found compiled modules of version 0\.0\.1 .*elsewhere"
     ):
         _load._check_version("0.0.1", Path("elsewhere"))
+
+
+def test_a_module_of_an_earlier_build_is_passed_over(tmp_path: Path) -> None:
+    for suffix in EXTENSION_SUFFIXES:
+        (tmp_path / f"_C{suffix}").touch()
+    assert ".abi3.so" in EXTENSION_SUFFIXES
+    assert _load._find(tmp_path, "_C") == tmp_path / "_C.abi3.so"
 
 
 def test_missing_modules_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +219,7 @@ def test_the_root_of_a_checkout_finds_the_installed_modules() -> None:
     )
     package, compiled = done.stdout.split()
     assert Path(package) == ROOT / "bitnet_ext" / "__init__.py"
-    assert any(Path(compiled).glob("_native*.so"))
+    assert any(Path(compiled).glob("_C.*so"))
 
 
 # --- what else is installed ---------------------------------------------------------------------------------
@@ -163,61 +264,49 @@ def test_command_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == ["bitnet_ext", bitnet_ext.__version__]
 
 
-# --- the build backend --------------------------------------------------------------------------------------
+# --- hints and the cost of an import ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """build_backend/bitnet_build.py over a scikit-build-core that asks for one thing of its own."""
-    package, build = ModuleType("scikit_build_core"), ModuleType("scikit_build_core.build")
-    hooks = ("get_requires_for_build_wheel", "get_requires_for_build_editable")
-    build.__dict__.update({hook: lambda settings: ["ninja>=1.5"] for hook in hooks})
-    package.__dict__["build"] = build
-    monkeypatch.setitem(sys.modules, package.__name__, package)
-    monkeypatch.setitem(sys.modules, build.__name__, build)
-    path = ROOT / "build_backend" / "bitnet_build.py"
-    spec = importlib.util.spec_from_file_location("bitnet_build", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_hints_name_commands_that_work() -> None:
+    # The package is on no registry: pip would not find bitnet_ext[...], or would install somebody else's.
+    sources = [*(ROOT / "bitnet_ext").rglob("*.py"), *(ROOT / "examples").glob("*.py"), ROOT / "README.md"]
+    for path in sources:
+        assert not re.search(r"pip install[^\n]*\bbitnet[_-]ext\b", path.read_text(encoding="utf-8")), path
 
 
-@pytest.mark.parametrize(
-    ("probe", "required"),
-    [
-        ("raise ImportError('No module named torch')", ["torch>=2.11"]),
-        ("import os; os.abort()", ["torch>=2.11"]),
-        ("print('2.10.1+cu126')", ["torch>=2.11"]),
-        ("print('1.13.1')", ["torch>=2.11"]),
-        ("print('2.11.0')", []),
-        ("print('2.11.0a0+git1f2e3d')", []),
-        ("print('a line of a plug-in'); print('3.0.0+cpu')", []),
-    ],
-)
-def test_the_build_asks_for_torch_where_it_is_missing_or_too_old(
-    backend: Any, monkeypatch: pytest.MonkeyPatch, probe: str, required: list[str]
-) -> None:
-    monkeypatch.setattr(backend, "_PROBE", probe)
-    assert backend.get_requires_for_build_wheel() == ["ninja>=1.5", *required]
-    assert backend.get_requires_for_build_editable(None) == ["ninja>=1.5", *required]
+def test_the_corpus_hint_and_the_extra_name_one_version() -> None:
+    extra = re.search(r'^examples = \["([^"]+)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert extra is not None
+    assert f"pip install {extra[1]}" in (ROOT / "bitnet_ext/data/corpora.py").read_text()
 
 
-def test_the_build_sees_the_torch_that_an_isolated_build_hides(
-    backend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    # As pip does it: a sitecustomize.py on PYTHONPATH takes the environment's packages off sys.path.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nsys.path = [entry for entry in sys.path if 'packages' not in entry]\n"
+def test_an_import_brings_nothing_slow() -> None:
+    """torch._dynamo alone takes as long as the rest of torch; the libraries of a report take longer."""
+    program = (
+        "import importlib, sys, torch\n"
+        "for name in ('bitnet_ext', 'bitnet_ext.nn', 'bitnet_ext.models', 'bitnet_ext.inference', "
+        "'bitnet_ext.training'):\n"
+        "    before = set(sys.modules); importlib.import_module(name)\n"
+        "    print(name, *sorted(set(sys.modules) - before))"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
-    hidden = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, cwd=tmp_path)
-    assert hidden.returncode != 0
-    assert backend._installed_torch() == torch.__version__
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    added = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    slow = ("torch._dynamo", "torch._inductor", "sympy", "matplotlib", "scipy", "PIL", "datasets")
+    assert [name for names in added.values() for name in names if name.startswith(slow)] == []
+    # The operators, modules and models need torch only.
+    for name in ("bitnet_ext", "bitnet_ext.nn", "bitnet_ext.models"):
+        assert [other for other in added[name] if other.split(".")[0] not in ("bitnet_ext", "torch")] == []
+    assert len(added["bitnet_ext"]) < 60
 
 
-def test_the_build_and_the_package_ask_for_the_same_torch(backend: Any) -> None:
-    minimum = ".".join(map(str, backend.MINIMUM_TORCH))
-    assert f"torch>={minimum}" in (importlib.metadata.requires("bitnet_ext") or [])
-    assert f"VERSION_LESS {minimum})" in (ROOT / "cmake" / "torch_stable.cmake").read_text()
+def test_assume_constant_result_is_that_of_torch() -> None:
+    def first() -> int:
+        return 1
+
+    def second() -> int:
+        return 1
+
+    expected = torch.compiler.assume_constant_result(first).__dict__
+    assert expected and assume_constant_result(second).__dict__ == expected

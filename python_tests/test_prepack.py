@@ -298,8 +298,8 @@ def assert_same_weights(layer: PackedBitLinear, packed: Tensor) -> None:
     assert layer.packed.dtype == torch.uint8
     assert torch.equal(layer.packed.cpu(), packed.cpu())
     if type(layer) is PackedBitLinear:
-        assert layer.weight.dtype == (torch.int32 if layer.weight.is_cuda else torch.uint8)
-    assert [name for name, _ in layer.named_buffers()] == ["weight", "weight_scale", "bias", "norm_weight"]
+        assert layer._weight.dtype == (torch.int32 if layer._weight.is_cuda else torch.uint8)
+    assert [name for name, _ in layer.named_buffers()] == ["_weight", "weight_scale", "bias", "norm_weight"]
 
 
 @pytest.mark.parametrize(("cls", "device"), LAYERS)
@@ -312,11 +312,11 @@ def test_state_dict_holds_the_packed_form(cls: type[PackedBitLinear], device: st
     assert torch.equal(state["0.packed"], packed)
     assert not torch.equal(other.packed, packed)
 
-    address = other.weight.data_ptr()
+    address = other._weight.data_ptr()
     result = nn.Sequential(other).load_state_dict({k: v.cpu() for k, v in state.items()})
     assert not result.missing_keys and not result.unexpected_keys
     assert_same_weights(other, packed)
-    assert other.weight.data_ptr() == address  # in place: a captured graph goes on with the new weights
+    assert other._weight.data_ptr() == address  # in place: a captured graph goes on with the new weights
     for name in ("weight_scale", "bias", "norm_weight"):
         assert torch.equal(getattr(other, name), getattr(layer, name))
 
@@ -373,7 +373,7 @@ def test_a_pickled_layer_takes_the_form_of_its_new_device() -> None:
     """As torch.load(map_location="cpu") of a layer that was saved on CUDA: its prepacked weights come to the CPU."""
     layer = make_layer()
     packed = layer.packed.clone()
-    layer._buffers["weight"] = ops.prepack_ternary(packed, 257)
+    layer._buffers["_weight"] = ops.prepack_ternary(packed, 257)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
@@ -384,17 +384,17 @@ def test_the_form_follows_the_device() -> None:
     """Shapes only, with fake tensors; test_moves has the values."""
     with FakeTensorMode():
         layer = PackedBitLinear(257, 65, torch.empty(65, 65, dtype=torch.uint8), torch.empty(()))
-        assert layer.weight.dtype == torch.uint8
+        assert layer._weight.dtype == torch.uint8
         layer.to_empty(device="cuda")
-        assert layer.weight.dtype == torch.int32 and layer.weight.shape == prepacked_shape(65, 257)
+        assert layer._weight.dtype == torch.int32 and layer._weight.shape == prepacked_shape(65, 257)
         assert layer.packed.shape == (65, 65) and layer.packed.dtype == torch.uint8
         y = layer(torch.empty(2, 3, 257, dtype=torch.bfloat16, device="cuda"))
         assert y.shape == (2, 3, 65) and y.dtype == torch.bfloat16 and y.is_cuda
         direct = PackedBitLinear(257, 65, layer.packed, layer.weight_scale)
-        assert direct.weight.dtype == torch.int32
+        assert direct._weight.dtype == torch.int32
         for device in ("cpu", "meta"):
             direct.to_empty(device=device)
-            assert direct.weight.dtype == torch.uint8 and direct.weight.shape == (65, 65)
+            assert direct._weight.dtype == torch.uint8 and direct._weight.shape == (65, 65)
 
 
 @pytest.mark.gpu
@@ -488,10 +488,21 @@ def test_int8_head() -> None:
     assert pack_model(model, inplace=True, head="int8") is model and isinstance(model.lm_head, Int8Linear)
 
 
-def test_int8_head_that_is_not_there() -> None:
+def test_int8_head_of_a_tied_model() -> None:
+    """It is a layer of its own; the embedding stays in float."""
     model = small_model(tie_embeddings=True)
+    packed = pack_model(model, head="int8")
+    assert isinstance(packed.lm_head, Int8Linear) and model.lm_head is None
+    assert packed.embed_tokens.weight.dtype == torch.float32
+    assert torch.equal(packed.lm_head.codes, Int8Linear.from_weight(model.embed_tokens.weight).codes)
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(packed(ids), pack_model(model)(ids), rtol=0.05, atol=0.05)
+
+
+def test_int8_head_that_is_not_there() -> None:
+    model = nn.Sequential(BitLinear(4, 4))
     with pytest.raises(
-        ValueError, match=r"head 'int8' needs an nn\.Linear named lm_head, BitNetForCausalLM has"
+        ValueError, match=r"head 'int8' needs an nn\.Linear named lm_head, or an embedding .*, Sequential has"
     ):
         pack_model(model, inplace=True, head="int8")
     assert any(isinstance(m, BitLinear) for m in model.modules())  # refused before anything was replaced

@@ -42,7 +42,19 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
         assert read_study(tmp_path).runs[0].last_step == 4000
 
 
-@pytest.mark.parametrize("damage", [b'{"kind": "eval", "st', b"[1, 2]", b'{"kind": "eval"}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"kind": "eval", "st',
+        b"[1, 2]",
+        b'{"kind": "eval"}',
+        b'{"kind": ["eval"], "step": 1}',
+        b'{"kind": "eval", "step": 1e999}',
+        b'{"kind": "eval", "step": 1' + b"0" * 400 + b"}",
+        b'{"kind": ' * 100_000,
+        b"\xff\xfe",
+    ],
+)
 def test_damage_before_the_last_line_is_named(tmp_path: Path, damage: bytes) -> None:
     write_study(tmp_path, {"adamw": [rows_of(HEALTHY)]})
     path = tmp_path / "adamw" / "seed0" / "metrics.jsonl"
@@ -53,11 +65,21 @@ def test_damage_before_the_last_line_is_named(tmp_path: Path, damage: bytes) -> 
         read_study(tmp_path)
 
 
-def test_damaged_settings_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b'{"arms": ', b"[]", b'"x"', b"", b"\xff", b'{"a":' * 100_000])
+@pytest.mark.parametrize("name", ["study.json", "adamw/seed0/config.json", "adamw/seed0/ended.json"])
+def test_damaged_settings_are_named(name: str, damage: bytes, tmp_path: Path) -> None:
     write_study(tmp_path, {"adamw": [rows_of(HEALTHY)]})
-    (tmp_path / "study.json").write_text('{"arms": ')
-    with pytest.raises(ValueError, match=r"study\.json: expected one JSON object"):
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(ValueError, match=rf"{name} is damaged: it must hold .* as a JSON object") as error:
         read_study(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", ['{"seeds": 1000000000000}', '{"seeds_of": {"adamw": 1000000000000}}'])
+def test_a_number_of_seeds_beyond_memory_is_left_out(settings: str, tmp_path: Path) -> None:
+    write_study(tmp_path, {"adamw": [rows_of(HEALTHY)]})
+    (tmp_path / "study.json").write_text(settings)
+    assert len(read_study(tmp_path).planned_seeds("adamw")) == 1
 
 
 def test_rows_written_twice_count_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -27,11 +28,11 @@ SHAPE = BitNetConfig(
     intermediate_size=64,
     max_seq_len=64,
 )
-CONFIG = TrainConfig(steps=8, warmup_steps=2, batch_size=2, seq_len=16, log_interval=1, checkpoint_interval=2)
+CONFIG = TrainConfig(steps=8, warmup_steps=1, batch_size=2, seq_len=16, log_interval=1, checkpoint_interval=2)
 
 
 def trainer(run_dir: Path, steps: int = 8) -> Trainer:
-    config = TrainConfig(**{**CONFIG.to_dict(), "steps": steps})
+    config = dataclasses.replace(CONFIG, steps=steps)
     tokens = np.random.default_rng(0).integers(0, 97, 2000).astype(np.uint16)
     return Trainer(BitNetForCausalLM(SHAPE, seed=0), config, tokens, run_dir=run_dir, device="cpu")
 
@@ -74,6 +75,14 @@ def test_a_folder_made_for_nothing_goes(tmp_path: Path) -> None:
     lock.release()
     assert not (tmp_path / "a" / "b").exists()
     lock.release()  # twice is harmless
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=r"file.* cannot be the folder of a run: ") as error:
+            trainer(path).fit()
+        assert not isinstance(error.value, FileExistsError)
 
 
 HOLDER = """

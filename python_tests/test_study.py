@@ -27,8 +27,9 @@ from bitnet_ext.collapse.runs import STEMS, text_of_seed
 from bitnet_ext.collapse.schedule import LATER, Schedule
 from bitnet_ext.collapse.study import StudyConfig, log_spaced_steps, run_study
 from bitnet_ext.models import PRESETS, BitNetForCausalLM, preset
-from bitnet_ext.training import FusedAdam, TrainConfig, Trainer, advance_together
+from bitnet_ext.training import FusedAdam, RunInUseError, TrainConfig, Trainer, advance_together
 from bitnet_ext.training import metrics_log as metrics_log_module
+from bitnet_ext.training.run_lock import RunLock
 from bitnet_ext.training.trainer import ENDED
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -328,6 +329,20 @@ def test_jobs_are_interleaved(device: str) -> None:
     assert log == ["a0", "b0", "a1", "a2", "c0", "c1"] and sorted(ended) == [0, 1, 1]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_weights_are_kept_on_request(text: Path, tmp_path: Path, keep: bool) -> None:
+    settings = {"steps": 2, "data": str(text), "model": "collapse-64", "eval_tokens": 62, "generation": False}
+    plan = StudyConfig(arms=("adamw",), **settings, keep_weights=keep)  # type: ignore[arg-type]
+    run_study(plan, tmp_path / "out", device="cpu", report=False)
+    run = tmp_path / "out" / "adamw" / "seed0"
+    assert [path.name for path in run.rglob("*.safetensors")] == ["model.safetensors"] * keep
+    assert not read_study(tmp_path / "out").unfinished
+    # What is kept may be changed on resume; the finished run stays as it is.
+    other = dataclasses.replace(plan, keep_weights=not keep)
+    run_study(other, tmp_path / "out", device="cpu", report=False, resume=True)
+    assert len(list(run.rglob("*.safetensors"))) == keep
+
+
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +360,9 @@ def test_share_of_coordinates_that_the_decay_dominates(device: str) -> None:
     )
     assert int(metrics.decay_dominates(metrics.DecayTerms(weight, 0.1, rows))) == expected
     assert int(metrics.decay_dominates(metrics.DecayTerms(weight, 0.0, rows))) == 0
+    # A direction that is the gradient: (m / 0.5) / (sqrt(v / 0.25) + eps) with v = 0.25 and m = g / 2.
+    adam = metrics.AdamDirection(gradient / 2, torch.full_like(gradient, 0.25), 0.5, 0.25, 1e-12)
+    assert int(metrics.decay_dominates(metrics.DecayTerms(weight, 0.1, adam))) == expected
     shares = metrics.decay_shares({"a": [terms], "b": [metrics.DecayTerms(weight, 0.0, rows)], "none": []})
     assert shares == {
         "decay_share": 4 / 12,
@@ -460,3 +478,33 @@ def test_facts_of_an_evaluated_step(text: Path, tmp_path: Path) -> None:
     ]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [row["clip_rate"] for row in rows if row["kind"] == "eval"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"config": "."}',
+        b'{"config": {"arms": 3}}',
+        b'{"config": {"steps": "x", "arms": ["adamw"]}}',
+        b'{"config": {"unknown": 1}}',
+        b'{"config": {}}',
+        b"[]",
+        b"\xff\xfe",
+        b'{"config":' * 100_000,
+    ],
+)
+def test_damaged_settings_are_told(content: bytes, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "study.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"study\.json is damaged: it must hold the study's config") as error:
+        run_study(config(text, "A"), tmp_path / "out", device="cpu", resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_study_is_run_by_one_process(text: Path, tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "out")
+    lock.acquire()
+    with pytest.raises(RunInUseError, match=f"is being trained by process {os.getpid()} on "):
+        run_study(config(text, "A"), tmp_path / "out", device="cpu", resume=True)
+    lock.release()
+    assert not (tmp_path / "out").exists()

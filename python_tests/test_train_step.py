@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from test_trainer import CONFIG, lines, model, stream, weights
 
 from bitnet_ext import ops
-from bitnet_ext.nn import WeightCache, weight_caches
+from bitnet_ext.nn import BitLinear, WeightCache
 from bitnet_ext.training import Trainer, TrainingDivergedError, make_optimizer, read_checkpoint
 from bitnet_ext.training import trainer as trainer_module
 from bitnet_ext.training.distributed import World
@@ -110,12 +112,11 @@ def test_kept_codes_change_no_bit(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_codes_are_current_after_a_step_and_without_a_launch(device: str) -> None:
+def test_codes_are_current_after_a_step(device: str) -> None:
     step, rows = runner(device)
     run(step, rows, 0)
     assert step._kept
-    for cache, group, codes in step._kept:
-        assert cache.get(group) is codes
+    for _, group, codes in step._kept:
         fresh = ops.quantize_weights(group)
         assert torch.equal(codes.packed, fresh.packed) and torch.equal(codes.weight_scale, fresh.weight_scale)
 
@@ -134,22 +135,162 @@ def test_a_change_from_outside_reaches_the_next_step(device: str, graph: bool) -
             p.mul_(-0.5)
     other._loss.load_state_dict({name: value * -0.5 for name, value in state.items()})
     assert torch.equal(run(step, rows, 4), run(other, rows, 4))
-    for cache, group, _ in step._kept:
-        assert torch.equal(cache.get(group).packed, ops.quantize_weights(group).packed)
+    for _, group, codes in step._kept:
+        assert torch.equal(codes.packed, ops.quantize_weights(group).packed)
+
+
+def through_data(p: torch.Tensor) -> None:
+    p.data.mul_(-0.5)
+
+
+def through_numpy(p: torch.Tensor) -> None:
+    p.detach().cpu().numpy()  # shares memory on a CPU only
+    if p.device.type == "cpu":
+        p.detach().numpy()[...] *= -0.5
+    else:
+        torch.from_dlpack(p.detach()).mul_(-0.5)
+
+
+def other_storage(p: torch.Tensor) -> None:
+    p.data = p.detach() * -0.5
+
+
+def swapped(p: torch.Tensor) -> None:
+    torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach() * -0.5))
+
+
+@pytest.mark.parametrize(
+    ("device", "graph"),
+    [("cpu", False), *(pytest.param("cuda", graph, marks=pytest.mark.gpu) for graph in (True, False))],
+)
+@pytest.mark.parametrize("write", [through_data, through_numpy, other_storage, swapped])
+def test_a_write_that_leaves_no_trace_reaches_the_next_step(
+    device: str, graph: bool, write: Callable[[torch.Tensor], None]
+) -> None:
+    """Also one by which parameters have other memory: a captured step is captured again."""
+    step, rows = runner(device, cuda_graph=graph)
+    other, _ = runner(device, cuda_graph=graph)
+    run(step, rows, 0)
+    run(other, rows, 0)
+    for p in step.optimizer.named.values():
+        p.grad = None  # a gradient's accumulator holds a parameter, which could not be swapped then
+        write(p)
+    with torch.no_grad():
+        for p in other.optimizer.named.values():
+            p.mul_(-0.5)
+    assert torch.equal(run(step, rows, 4), run(other, rows, 4))
+    assert torch.equal(run(step, rows, 8), run(other, rows, 8))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_evaluation_between_steps_uses_the_codes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_quantises_each_weight_once_at_its_launch_and_once_in_the_update(
+    device: str, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, rows = runner(device, accumulation=accumulation, cuda_graph=False)
+    single, grouped = counted(monkeypatch)
+    run(step, rows[:1], 0)
+    assert len(single) == len(step._kept) == 4 * len(step._model.layers)  # qkv, o, gate and up, down
+    assert len(grouped) == 1  # in the update
+    run(step, rows[1:2], 1)
+    assert len(single) == len(step._kept) and len(grouped) == 3
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """The calls of quantize_weights, and of quantize_weight_groups_."""
+    single: list[int] = []
+    grouped: list[int] = []
+    one, many = ops.quantize_weights, ops.quantize_weight_groups_
+    monkeypatch.setattr(ops, "quantize_weights", lambda *a: single.append(1) or one(*a))
+    monkeypatch.setattr(ops, "quantize_weight_groups_", lambda *a: grouped.append(1) or many(*a))
+    return single, grouped
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_that_are_not_trained_are_quantised_once_a_launch(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(CONFIG, accumulation=2)
+    net = model().to(device)
+    net.layers[0].requires_grad_(False)
+    step = TrainStep(net, make_optimizer(net, config), config, torch.device(device), World())
+    rows = np.random.default_rng(0).integers(0, 101, (4, config.batch_size, config.seq_len + 1))
+    first = run(step, rows[:1], 0)
+    assert len(step._fixed) == len(step._kept) == 4 and torch.isfinite(first).all()
+    single, _ = counted(monkeypatch)
+    before = run(step, rows[:1], 1)
+    assert single == []
+    for module in net.layers[0].modules():
+        if isinstance(module, BitLinear):
+            module.weight.data.mul_(-1)
+    assert not torch.equal(run(step, rows[:1], 2), before)
+    for _, group, codes in step._fixed:
+        assert torch.equal(codes.packed, ops.quantize_weights(group).packed)
+
+
+def clamp(layer: torch.nn.Module) -> None:
+    layer.down_proj.weight.data.clamp_(-0.02, 0.02)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_hooks_may_write_weights_within_a_step(device: str) -> None:
+    """Of the same values as a write between the steps, and then they are used in the same forward."""
+    step, rows = runner(device, cuda_graph=False)
+    other, _ = runner(device, cuda_graph=False)
+    layer = step._model.layers[0].feed_forward
+    layer.register_forward_pre_hook(lambda *_: clamp(layer))
+    for start in range(3):
+        run(step, rows[:1], start)
+        clamp(other._model.layers[0].feed_forward)
+        run(other, rows[:1], start)
+    for name, value in step.optimizer.named.items():
+        assert torch.equal(value, other.optimizer.named[name]), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_parameter_that_the_optimizer_does_not_know_is_refused(device: str) -> None:
     step, rows = runner(device)
     run(step, rows, 0)
-    net = step._loss.model
-    calls = []
-    real = ops.quantize_weights
-    monkeypatch.setattr(ops, "quantize_weights", lambda weights: calls.append(1) or real(weights))
-    net.eval()
+    layer = step._model.layers[0].attention.q_proj
+    kept, layer.weight = layer.weight, torch.nn.Parameter(layer.weight.detach().clone())
+    with pytest.raises(
+        RuntimeError, match=r"parameter layers\.0\.attention\.q_proj\.weight .* another object"
+    ):
+        run(step, rows, 4)
+    layer.weight = kept
+    run(step, rows, 4)
+    step._model.half()
+    with pytest.raises(RuntimeError, match=r"must stay float32 on \w+, where .* got torch\.float16"):
+        run(step, rows, 8)
+
+
+def test_a_parametrised_weight_is_not_taken_for_what_it_was() -> None:
+    step, rows = runner("cpu")
+    other, _ = runner("cpu")
+    run(step, rows, 0)
+    run(other, rows, 0)
+    layer = step._model.layers[0].attention.o_proj
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Negative())
     with torch.no_grad():
-        net(torch.zeros(1, 3, dtype=torch.int64, device=device))
-    assert calls == [] and len(weight_caches(net)) > 0
+        other._model.layers[0].attention.o_proj.weight.neg_()
+    assert torch.equal(run(step, rows[:1], 4), run(other, rows[:1], 4))
+
+
+class Negative(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_forward_between_steps_uses_the_new_weights(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, rows = runner(device)
+    run(step, rows, 0)
+    single, _ = counted(monkeypatch)
+    ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        logits = step._model(ids)
+        assert len(single) == len(step._kept)
+        assert torch.equal(logits, copy.deepcopy(step._model)(ids))
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from bitnet_ext.training import (
     read_checkpoint,
 )
 from bitnet_ext.training import checkpoint as checkpoint_module
+from bitnet_ext.training import trainer as trainer_module
+from bitnet_ext.training.signals import stop_on_signals
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 VOCAB = 101
@@ -216,19 +219,71 @@ def test_interrupt_leaves_a_resumable_run(tmp_path: Path) -> None:
     assert lines(cut) == lines(whole)
 
 
-def test_interrupt_in_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt_in_process(number: signal.Signals, tmp_path: Path) -> None:
     trainer = Trainer(model(), CONFIG, stream(), run_dir=tmp_path, device="cpu")
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
 
     def interrupt(step: int, record: object) -> None:
         if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(0.01)
 
     with pytest.raises(TrainingInterrupted, match="can be resumed"):
         trainer.fit(on_progress=interrupt)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert read_checkpoint(tmp_path / "checkpoint").step in (4, 5)
+
+
+def test_a_stop_in_a_step_at_which_a_checkpoint_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As relia-01: the step is saved once, and the folder that latest.json names is never removed."""
+    written: list[int] = []
+    real = trainer_module.write_checkpoint
+
+    def counted(directory: Path, step: int, *args: object, **options: bool) -> Path:
+        written.append(step)
+        return real(directory, step, *args, **options)
+
+    monkeypatch.setattr(trainer_module, "write_checkpoint", counted)
+    config = dataclasses.replace(CONFIG, checkpoint_interval=3)
+    trainer = Trainer(model(), config, stream(), run_dir=tmp_path, device="cpu")
+    with pytest.raises(TrainingInterrupted, match="stopped after step 6"):
+        trainer.fit(on_progress=lambda step, record: trainer.request_stop() if step == 6 else None)
+    assert written == [3, 6]
+    trainer.fit(resume=True)  # the same object goes on: its request was met
+    assert written == [3, 6, 9, 12]
+    assert [record["step"] for record in lines(tmp_path)] == list(range(1, 13))
+    assert [path.name for path in (tmp_path / "checkpoint").glob("step-*")] == ["step-00000012"]
+
+
+def test_a_resumed_run_rounds_at_random_as_the_whole_one(tmp_path: Path) -> None:
+    """The int8 backward draws from torch's generator, whose state the checkpoint has."""
+    config = dataclasses.replace(CONFIG, backward="int8")
+    torch.manual_seed(0)
+    Trainer(model(), config, stream(), run_dir=tmp_path / "whole", device="cpu").fit()
+    torch.manual_seed(0)
+    trainer = Trainer(model(), config, stream(), run_dir=tmp_path / "cut", device="cpu")
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit(on_progress=lambda step, record: trainer.request_stop() if step == 6 else None)
+    torch.manual_seed(9)
+    Trainer(model(), config, stream(), run_dir=tmp_path / "cut", device="cpu").fit(resume=True)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As under nohup, or in a shell's background job."""
+    asked: list[int] = []
+    target = SimpleNamespace(request_stop=lambda: asked.append(1))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_signals(target):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked == [] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
@@ -242,6 +297,9 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     Trainer(model(), CONFIG, stream(), run_dir=tmp_path, device="cpu").fit()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        Trainer(model(), CONFIG, stream(), run_dir=tmp_path, device="cpu").fit()
+    (tmp_path / "metrics.jsonl").unlink()  # its checkpoint is worth as much
     with pytest.raises(FileExistsError, match="already holds a run"):
         Trainer(model(), CONFIG, stream(), run_dir=tmp_path, device="cpu").fit()
 

@@ -3,9 +3,9 @@
 ``program``   reads the command's name, runs its module, turns errors into one line and an exit status
 ``options``   options that several commands share, and those of TrainConfig
 ``output``    standard output and error that may not be writable
-``checkpoint``  the model, text and tokenizer that a path on the command line means
+``checkpoint``  the settings and the text of the run that a path means
 
-One module for each command: ``info``, ``train``, ``eval``, ``generate``, ``collapse``. Each has
+One module for each command: ``info``, ``train``, ``eval``, ``generate``, ``export``, ``collapse``. Each has
 ``add_arguments`` and ``run``; none imports torch before ``run``.
 """
 

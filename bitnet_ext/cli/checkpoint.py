@@ -1,4 +1,4 @@
-"""The model, text and tokenizer that a path on the command line means. Imports torch."""
+"""The settings and the text of the run that a path on the command line means. Imports torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitnet_ext.data import Corpus, corpus_from_source, load_corpus, load_tokenizer
-from bitnet_ext.data.tokenizer import Tokenizer, TokenizerError
+from bitnet_ext.data import CORPORA, Corpus, corpus_from_source, load_corpus
 from bitnet_ext.data.tokenizer_files import tokenizer_from_record
+from bitnet_ext.formats.pretrained import is_pretrained, read_config
 from bitnet_ext.training.checkpoint import CheckpointError, read_state, resolve_checkpoint
 
 
@@ -45,25 +45,20 @@ def corpus_of(state: Mapping[str, Any] | None, path: Path, data: str | None, tok
     if data is not None:
         return load_corpus(data, tokenizer=tokenizer)
     if source is None:
-        raise ValueError(f"{path} does not tell its text: name it with --data")
+        told = _exported_text(path)
+        if told is None:
+            raise ValueError(f"{path} does not tell its text: name it with --data")
+        return load_corpus(told, tokenizer=tokenizer or "gpt2")
     return corpus_from_source(source, tokenizer=tokenizer)
 
 
-def tokenizer_of(state: Mapping[str, Any] | None, path: Path, vocab_size: int, spec: str | None) -> Tokenizer:
-    """The tokenizer that the command line names, else that of the run, else GPT-2's where the vocabulary has its size.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if spec is not None:
-        return load_tokenizer(spec)
-    record = _tokenizer_record(_source(state))
-    if record is not None:
-        return tokenizer_from_record(record)
-    gpt2 = load_tokenizer("gpt2")
-    if vocab_size < gpt2.vocab_size:
-        raise TokenizerError(f"{path} does not tell its tokenizer: name it with --tokenizer")
-    return gpt2
+def _exported_text(path: Path) -> str | None:
+    """The corpus that an exported model was trained on, where it is one that everybody has."""
+    if not is_pretrained(path):
+        return None
+    source = (read_config(path).get("about") or {}).get("source")
+    name = source.get("name") if isinstance(source, dict) else None
+    return name if name in CORPORA else None
 
 
 def _source(state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -71,6 +66,6 @@ def _source(state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return source if isinstance(source, Mapping) else None
 
 
-def _tokenizer_record(source: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _tokenizer_record(source: Mapping[str, Any] | None) -> dict[str, Any] | None:
     record = None if source is None else source.get("tokenizer")
-    return record if isinstance(record, Mapping) else None
+    return record if isinstance(record, dict) else None

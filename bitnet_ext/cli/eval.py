@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bitnet_ext.cli.options import add_device
+from bitnet_ext.cli.options import add_device, add_tokenizer
 
 EPILOG = """\
 examples:
@@ -37,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|PATH",
         help="text: wiki-leads, wikitext-2, or the path of a text file or folder (default: the run's own)",
     )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="SPEC",
-        help="gpt2, the name of a tiktoken encoding, or the path of a tokenizer.json (default: the run's own)",
-    )
+    add_tokenizer(parser)
     parser.add_argument(
         "--seq-len", type=int, metavar="N", help="predictions in a row (default: those of the run's training)"
     )
@@ -73,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"eval: --tokens must be 0 or more, got {args.tokens}")
     state = run_state(args.model)
     device = resolve_device(args.device)
-    model, tokenizer = load(args.model, state, args.tokenizer, device, pack=args.pack)
+    model, tokenizer = load(args.model, args.tokenizer, device, pack=args.pack)
     corpus = corpus_of(state, args.model, args.data, args.tokenizer)
     corpus.check_vocab(model.config.vocab_size)
     settings: dict[str, Any] = {} if state is None else state.get("train_config") or {}

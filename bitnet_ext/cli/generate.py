@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitnet_ext.cli.options import add_device
+from bitnet_ext.cli.options import add_device, add_tokenizer
 
 EPILOG = """\
 examples:
@@ -45,24 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=int, metavar="N", help="sample among the N likeliest tokens (default all)"
     )
     choice.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="SPEC",
-        help="gpt2, the name of a tiktoken encoding, or the path of a tokenizer.json (default: the run's own)",
-    )
+    add_tokenizer(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from bitnet_ext.cli.checkpoint import run_state
     from bitnet_ext.data.tokenizer import StreamDecoder
     from bitnet_ext.inference import generate
     from bitnet_ext.training.device import resolve_device
 
     device = resolve_device(args.device)
-    model, tokenizer = load(args.model, run_state(args.model), args.tokenizer, device)
+    model, tokenizer = load(args.model, args.tokenizer, device)
     ids = tokenizer.encode(args.prompt)
     if not ids:
         raise ValueError("generate: TEXT must hold at least one token, got an empty text")
@@ -85,15 +79,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load(
-    path: Path, state: Mapping[str, Any] | None, tokenizer: str | None, device: Any, pack: bool = True
-) -> tuple[Any, Any]:
+def load(path: Path, tokenizer: str | None, device: Any, pack: bool = True) -> tuple[Any, Any]:
     """The model at a path, packed where it is ternary, and its tokenizer."""
-    from bitnet_ext.cli.checkpoint import tokenizer_of
+    from bitnet_ext.data.tokenizer import TokenizerError
+    from bitnet_ext.formats import load_model
     from bitnet_ext.nn import BitLinear, pack_model
-    from bitnet_ext.training import load_model
 
-    model = load_model(path, device)
+    model, found = load_model(path, device, tokenizer=tokenizer)
+    if found is None:
+        raise TokenizerError(f"{path} does not tell its tokenizer: name it with --tokenizer")
     if pack and any(isinstance(module, BitLinear) and module.is_quantized for module in model.modules()):
         model = pack_model(model, inplace=True)
-    return model, tokenizer_of(state, path, model.config.vocab_size, tokenizer)
+    return model, found

@@ -11,12 +11,29 @@ from typing import Any
 from bitnet_ext.training.config import GROUPS, TrainConfig
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps a paragraph; a text of several lines, such as examples, stays as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text.strip():
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
+
+
 def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device",
         default="auto",
         metavar="DEVICE",
         help="auto (the first usable GPU, else the CPU), cpu, cuda or cuda:N (default auto)",
+    )
+
+
+def add_tokenizer(parser: argparse._ActionsContainer, default: str = "the run's own") -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="SPEC",
+        help=f"gpt2, the name of a tiktoken encoding, or the path of a tokenizer.json (default: {default})",
     )
 
 
@@ -88,9 +105,14 @@ def given_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_flags(message: str) -> str:
-    """A message about a field of TrainConfig in the words of the command line."""
+    """A message about fields of TrainConfig in the words of the command line."""
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
+
+    def as_flag(match: re.Match[str]) -> str:
+        return flag(match[0]) if match[0] in fields and "_" in match[0] else match[0]
+
     message = re.sub(r"^(TrainConfig|Trainer): ", "", message)
-    return re.sub(
-        r"\b[a-z][a-z0-9_]*\b", lambda m: flag(m[0]) if m[0] in fields and "_" in m[0] else m[0], message
-    )
+    first = message.split(" ", 1)[0]
+    if first in fields:
+        message = flag(first) + message[len(first) :]
+    return re.sub(r"\b[a-z][a-z0-9_]*\b", as_flag, message).replace(" or None", " or none")

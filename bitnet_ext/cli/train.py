@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from bitnet_ext.cli import output
-from bitnet_ext.cli.options import add_config_options, add_device, flag, given_config, in_flags
+from bitnet_ext.cli.options import add_config_options, add_device, add_tokenizer, flag, given_config, in_flags
 from bitnet_ext.models.config import PRESETS, QUANTIZATIONS
 from bitnet_ext.training.config import TrainConfig
 
@@ -64,11 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"text: wiki-leads, wikitext-2, or the path of a text file or folder (default {DEFAULT_DATA}); a 20th "
         "is held out",
     )
-    data.add_argument(
-        "--tokenizer",
-        metavar="SPEC",
-        help="gpt2, the name of a tiktoken encoding, or the path of a tokenizer.json (default gpt2)",
-    )
+    add_tokenizer(data, "gpt2")
     data.add_argument(
         "--document-masks",
         action="store_true",
@@ -146,7 +141,10 @@ def _train(args: argparse.Namespace, out: Path, resuming: bool) -> int:
         device=args.device,
         init_from=args.init_from,
     )
-    again = f"bitnet-ext train --resume {shlex.quote(str(out))}"
+    program = "bitnet-ext"
+    if trainer.world.size > 1:
+        program = f"torchrun --nproc-per-node {trainer.world.size} -m bitnet_ext.cli"
+    again = f"{program} train --resume {shlex.quote(str(out))}"
     if args.device != "auto":
         again += f" --device {args.device}"
     try:
@@ -158,6 +156,8 @@ def _train(args: argparse.Namespace, out: Path, resuming: bool) -> int:
             )
         return 130
     if trainer.world.is_main:
+        if state is not None and state.get("finished"):
+            print(f"the run is complete: {trainer.step} of {config.steps} steps were made before")
         _say_next(out, config)
     return 0
 
@@ -249,7 +249,7 @@ def _again(args: argparse.Namespace, out: Path, state: dict[str, Any]) -> tuple[
     known = TrainConfig.from_dict(saved)
     given = given_config(args)
     if hasattr(args, "document_masks") and known.document_separator is None:
-        given["document_separator"] = "on"
+        raise ValueError(f"train: --document-masks is given, but the run in {out} has none")
     for name, value in given.items():
         if name not in FREE_ON_RESUME and getattr(known, name) != value:
             raise ValueError(
@@ -284,11 +284,6 @@ def _say_next(out: Path, config: TrainConfig) -> None:
     if config.final_checkpoint == "none":
         return
     print(f"checkpoint  {out / 'checkpoint'}")
-    print(f'next        bitnet-ext generate {folder} "The"     # continue a text')
-    print(f"            bitnet-ext eval {folder}               # held-out loss, perplexity, bits per byte")
-    print(f"            bitnet-ext collapse diagnose {folder}  # is anything wrong with the run?")
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process, or the first one under torchrun."""
-    return os.environ.get("RANK", "0") == "0"
+    print("next:")
+    for command in (f'generate {folder} "The"', f"eval {folder}", f"collapse diagnose {folder}"):
+        print(f"  bitnet-ext {command}")

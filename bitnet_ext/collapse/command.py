@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from bitnet_ext.collapse.arms import ARMS
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL
 from bitnet_ext.collapse.diagnose import command as diagnose_command
@@ -20,6 +22,7 @@ from bitnet_ext.collapse.results import Study, read_study
 from bitnet_ext.collapse.study import StudyConfig, default_config, read_config, run_study
 from bitnet_ext.collapse.verdicts import verdicts
 from bitnet_ext.collapse.workers import StudyWorkerError
+from bitnet_ext.models import BitNetForCausalLM, preset
 from bitnet_ext.training import TrainingInterrupted
 from bitnet_ext.training.device import resolve_device
 
@@ -51,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="measure generated text at the end of each run (default: on a GPU)",
+    )
+    parser.add_argument(
+        "--keep-weights",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep the final weights of each run, for `generate` and `diagnose --data` (default: no)",
     )
     parser.add_argument("--books", metavar="NAME|PATH", help="the larger text that block F reads")
     parser.add_argument(
@@ -102,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         out = _folder(args)
         config = _config(args, out)
         print(f"{_plan(config)}, data {config.data}, into {out}")
+        print(_about_weights(config))
         places = max(1, args.processes) * args.together
         report = run_study(
             config,
@@ -204,6 +214,18 @@ def _plan(config: StudyConfig) -> str:
     )
 
 
+def _about_weights(config: StudyConfig) -> str:
+    """What the final weights take on disk, or would take."""
+    sizes = []
+    for name in {task.model for task in config.tasks() if not task.is_stem}:
+        with torch.device("meta"):
+            sizes.append(4e-6 * BitNetForCausalLM(preset(name)).num_parameters()["total"])
+    size = f"{min(sizes):.0f}" if len(sizes) == 1 else f"{min(sizes):.0f} to {max(sizes):.0f}"
+    if config.keep_weights:
+        return f"weights: {size} MB a run, in ARM/seedN/checkpoint"
+    return f"weights: not kept; --keep-weights keeps those of each run, {size} MB"
+
+
 def report_operator_error(error: RuntimeError) -> int:
     """Prints what an operator refused, such as a forced instruction set; any other RuntimeError is a defect."""
     if not str(error).startswith("bitnet_ext"):
@@ -239,6 +261,7 @@ def _config(args: argparse.Namespace, out: Path) -> StudyConfig:
         "scale": args.scale,
         "books": args.books,
         "generation": args.generation,
+        "keep_weights": args.keep_weights,
     }
     if args.blocks is not None and args.arms is None and not base.blocks:
         given["arms"] = ()  # blocks instead of the arms that run when nothing is said

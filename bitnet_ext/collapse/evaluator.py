@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitnet_ext import metrics
+from bitnet_ext._capture import places_of
 from bitnet_ext.inference import generate
 from bitnet_ext.metrics.generation import NEW_TOKENS
 from bitnet_ext.models import BitNetForCausalLM
@@ -34,15 +35,13 @@ _GROUPS = {
 }
 
 
-def _place(model: BitNetForCausalLM) -> object:
-    """Where a model's parameters and their gradients are: a captured measurement reads the same places again."""
-    places = [id(model)]
+def _place(model: BitNetForCausalLM, optimizer: Optimizer) -> object:
+    """Where all is that a captured measurement reads again: parameters, gradients, buffers and moments."""
+    tensors = [*model.parameters(), *model.buffers(), *optimizer.state().values()]
     for p in model.parameters():
-        parts = [p] if p.grad is None else [p, p.grad]
-        if p.grad is not None and p.grad.is_sparse:
-            parts = [p, p.grad._indices(), p.grad._values()]
-        places += [part.data_ptr() for part in parts]
-    return places
+        if p.grad is not None:
+            tensors += [p.grad._indices(), p.grad._values()] if p.grad.is_sparse else [p.grad]
+    return id(model), id(optimizer), places_of(tensors)
 
 
 class CollapseEvaluator:
@@ -110,7 +109,7 @@ class CollapseEvaluator:
         clip = 1.0 if config.grad_clip is None else min(1.0, config.grad_clip / (step.grad_norm + 1e-6))
         facts = [clip, step.weight_decay, 1 - config.beta1**step.step, 1 - config.beta2**step.step]
         self._facts.copy_(torch.tensor(facts))
-        place = _place(model)
+        place = _place(model, step.optimizer)
         if self._measured is None or self._measured[0] != place:
             self._measured = (place, metrics.Repeated(self.device))
         measured = self._measured[1].launch(lambda: self._measure(model, step.optimizer))
@@ -160,6 +159,7 @@ class CollapseEvaluator:
             if name not in self._before:
                 continue
             scale: Tensor | None = None
+            rival: Tensor | metrics.AdamDirection
             if config.decay_is_coupled:
                 if p.grad is None:
                     continue
@@ -168,9 +168,8 @@ class CollapseEvaluator:
             else:
                 if not isinstance(optimizer, FusedAdam) or name not in optimizer.exp_avg:
                     continue  # of Muon: no Adam step to compare with
-                m = optimizer.exp_avg[name] / correction1
-                v = optimizer.exp_avg_sq[name] / correction2
-                rival = m / (v.sqrt_() + config.eps)
+                m, v = optimizer.exp_avg[name], optimizer.exp_avg_sq[name]
+                rival = metrics.AdamDirection(m, v, correction1, correction2, config.eps)
             wd = decay if optimizer.decays[name] else 0.0
             terms = metrics.DecayTerms(self._before[name], wd, rival, scale)
             groups[_GROUPS[parameter_group(name, p)]].append(terms)

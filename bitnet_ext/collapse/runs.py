@@ -158,7 +158,7 @@ def advance_task(
         task.arm,
         task.steps,
         task.seed,
-        checkpoint_seconds=60.0,
+        checkpoint_seconds=120.0,  # 340 MB with the moments: a run of the short comparison ends before
         final_checkpoint="model" if task.keep_model else "none",
         log_interval=10 if task.steps <= 1000 else 50,
     )

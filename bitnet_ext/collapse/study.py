@@ -30,9 +30,11 @@ from bitnet_ext.collapse.workers import run_schedule
 from bitnet_ext.data.corpora import Corpus
 from bitnet_ext.models import preset
 from bitnet_ext.training.device import resolve_device
+from bitnet_ext.training.distributed import World
+from bitnet_ext.training.run_lock import locked_run
 from bitnet_ext.training.together import MAX_SIDE_BY_SIDE
 
-#: What a run without settings does on a CPU: the arms that tell the story, in under ten minutes on two cores.
+#: What a run without settings does on a CPU: the arms that tell the story, in about four minutes on two cores.
 CPU_ARMS = ("standard-lr", "label-smoothing", "adamw", "fp-twin")
 CPU_STEPS = 400
 CPU_EVAL_TOKENS = 2048
@@ -66,6 +68,7 @@ class StudyConfig:
         scale: shortens (or lengthens) every run of the blocks, as a share of its steps: to try a study out.
         books: corpus name or path of the second, larger text, which block F needs.
         generation: whether text is generated and measured at the end of each run (half a minute a run on a CPU).
+        keep_weights: whether the final weights of each run stay in its folder; the report needs none.
     """
 
     arms: tuple[str, ...]
@@ -79,6 +82,7 @@ class StudyConfig:
     scale: float = 1.0
     books: str | None = None
     generation: bool = True
+    keep_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "seeds", "eval_tokens"):
@@ -147,7 +151,7 @@ class StudyConfig:
             self.eval_tokens,
             marks,
             generation=self.generation,
-            keep_model=not self.blocks,  # the hundreds of runs of the factorial study would fill a disk
+            keep_model=self.keep_weights,
         )
 
 
@@ -192,6 +196,7 @@ def run_study(
 
     Raises:
         FileExistsError: out holds a study and resume is False.
+        RunInUseError: another process works on the study (an OSError).
         ValueError: bad settings; settings that differ from the study's on resume.
         TrainingInterrupted: Ctrl-C; the report of what was done is written first.
     """
@@ -202,6 +207,24 @@ def run_study(
         raise ValueError(f"together must be at most {MAX_SIDE_BY_SIDE} on a GPU, got {together}")
     if len(targets) > 1 and processes == 0:
         raise ValueError("several devices need processes >= 1: each device has processes of its own")
+    with locked_run(out, World()):
+        return _run_study(
+            config, out, targets, resume, progress or Silent(), command, processes, together, report
+        )
+
+
+def _run_study(
+    config: StudyConfig,
+    out: Path,
+    targets: list[torch.device],
+    resume: bool,
+    progress: Progress,
+    command: str | None,
+    processes: int,
+    together: int,
+    report: bool,
+) -> Path:
+    """:func:`run_study` of checked settings, in a folder that no other process works in."""
     settings_path = out / "study.json"
     if settings_path.exists():
         if not resume:
@@ -217,9 +240,7 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(settings_path, json.dumps(_settings(config, corpora, targets[0], command), indent=1))
     schedule = Schedule(config.tasks(), out)
-    session = _Session(
-        out, schedule, [str(target) for target in targets], processes, together, progress or Silent()
-    )
+    session = _Session(out, schedule, [str(target) for target in targets], processes, together, progress)
     session.study_started(schedule.number_of_runs, len(schedule.finished), schedule.steps_left)
     try:
         run_schedule(schedule, out, devices=targets, together=together, processes=processes, progress=session)
@@ -335,7 +356,7 @@ def _merge(config: StudyConfig, before: StudyConfig, folder: Path) -> StudyConfi
     """The study in the folder, with the arms, blocks and seeds that `config` adds."""
     for field in dataclasses.fields(StudyConfig):
         old, new = getattr(before, field.name), getattr(config, field.name)
-        if field.name not in ("arms", "seeds", "blocks", "books") and old != new:
+        if field.name not in ("arms", "seeds", "blocks", "books", "keep_weights") and old != new:
             raise ValueError(
                 f"--resume: {field.name} is {new!r}, but the study in {folder} has {old!r}; "
                 "only arms, blocks and seeds can be added"
@@ -350,6 +371,7 @@ def _merge(config: StudyConfig, before: StudyConfig, folder: Path) -> StudyConfi
         blocks=tuple(key for key in BLOCKS if key in {*before.blocks, *config.blocks}),
         seeds=max(before.seeds, config.seeds),
         books=before.books or config.books,
+        keep_weights=config.keep_weights,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -19,7 +20,7 @@ from bitnet_ext.inference.prompts import (
 )
 from bitnet_ext.models.kv_cache import KVCache, SteadyKVCache
 from bitnet_ext.models.transformer import BitNetForCausalLM
-from bitnet_ext.nn import resident_weights, weight_caches
+from bitnet_ext.nn import FrozenWeights, frozen_weights, resident_weights
 
 #: New tokens from which on a GPU the work of one is captured as a graph.
 CAPTURED_TOKENS = 8
@@ -110,7 +111,8 @@ def generate(
     """Continues each prompt.
 
     Args:
-        model: training or packed form.
+        model: training or packed form. Its weights are quantised once per call and must not change within it, also
+            not by `on_token` (:func:`bitnet_ext.nn.frozen_weights`).
         prompt: ids int64 [B, T], T >= 1, on the model's device; or a text; or a list of texts or of rows of ids, which
             may differ in length: the continuation of each is that of the prompt alone (but for rounding).
         max_new_tokens: >= 0; prompt and new tokens must fit the model's max_seq_len.
@@ -196,10 +198,17 @@ def _generate(
     generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
     choice = _Choice(temperature, top_k, top_p, generator)
     captured = prompt.is_cuda and max_new_tokens >= CAPTURED_TOKENS
-    decoder = (_Captured if captured else _Eager)(model, prompt, total, choice, padded.padding)
     tokens = [prompt]
     done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    try:
+    # The weights do not change on the way, so their codes need not be made again for every token.
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, was_training)
+        frozen = stack.enter_context(frozen_weights(model))
+        decoder = (
+            _Captured(model, prompt, total, choice, frozen, padded.padding)
+            if captured
+            else _Eager(model, prompt, total, choice, padded.padding)
+        )
         for _ in range(max_new_tokens):
             new = decoder.next()
             if eos_id is not None:
@@ -211,8 +220,6 @@ def _generate(
                 on_token(new)
             if eos_id is not None and bool(done.all()):
                 break
-    finally:
-        model.train(was_training)
     return torch.cat(tokens, dim=1)
 
 
@@ -291,9 +298,11 @@ class _Captured(_Eager):
         prompt: Tensor,
         total: int,
         choice: _Choice,
+        frozen: FrozenWeights,
         padding: Tensor | None = None,
     ) -> None:
         super().__init__(model, prompt, total, choice, padding)
+        self._frozen = frozen
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_calls = 0
         self._fixed_input = torch.empty_like(prompt[:, :1])
@@ -320,10 +329,7 @@ class _Captured(_Eager):
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # The weights do not change on the way, so that their codes need not be made again for every token.
-        codes = {
-            cache: cache.get(weights) for cache in weight_caches(self._model) if (weights := cache.weights)
-        }
+        codes = {cache: made for cache, _, made in self._frozen.made()}
         with (
             capture(graph, capture_stream(self._fixed_input.device)),
             resident_weights(codes),

@@ -14,7 +14,13 @@
 
 from __future__ import annotations
 
-from bitnet_ext.metrics.decay import DecayTerms, decay_dominates, decay_shares, measure_decay_shares
+from bitnet_ext.metrics.decay import (
+    AdamDirection,
+    DecayTerms,
+    decay_dominates,
+    decay_shares,
+    measure_decay_shares,
+)
 from bitnet_ext.metrics.distribution import (
     FREQUENCY_BINS,
     HeldOut,
@@ -60,6 +66,7 @@ from bitnet_ext.metrics.ternary import (
 __all__ = [
     "FREQUENCY_BINS",
     "ROW_BINS",
+    "AdamDirection",
     "DecayTerms",
     "HeldOut",
     "Measurement",

@@ -16,7 +16,28 @@ import torch
 from torch import Tensor
 
 from bitnet_ext import ops
-from bitnet_ext.metrics.measurement import Measurement, Numbers
+from bitnet_ext.metrics.measurement import Measurement, Numbers, in_blocks, sum_of
+
+
+@dataclass(frozen=True)
+class AdamDirection:
+    """Adam's own step by its learning rate, (m / correction1) / (sqrt(v / correction2) + eps).
+
+    Attributes:
+        m, v: exp_avg and exp_avg_sq after the step.
+        correction1, correction2: 1 - beta^t of each, numbers or tensors [].
+        eps: of the optimiser.
+    """
+
+    m: Tensor
+    v: Tensor
+    correction1: float | Tensor
+    correction2: float | Tensor
+    eps: float
+
+    def of(self, m: Tensor, v: Tensor) -> Tensor:
+        """The direction of a part of the parameter."""
+        return (m / self.correction1).div_((v / self.correction2).sqrt_().add_(self.eps))
 
 
 @dataclass(frozen=True)
@@ -26,21 +47,21 @@ class DecayTerms:
     Attributes:
         weight: before the step.
         weight_decay: a number, or a tensor [] on the weight's device; 0 where the decay does not reach the parameter.
-        rival: what the decay competes with, of the weight's shape or sparse in its rows: coupled decay, the gradient;
-            decoupled decay, m / (sqrt(v) + eps) with the bias-corrected moments after the step.
+        rival: what the decay competes with: of coupled decay, the gradient, of the weight's shape or sparse in its
+            rows; of decoupled decay, the optimiser's own step.
         rival_scale: factor of the rival, a tensor [] on its device; of a gradient, what clips it.
     """
 
     weight: Tensor
     weight_decay: float | Tensor
-    rival: Tensor
+    rival: Tensor | AdamDirection
     rival_scale: Tensor | None = None
 
 
 @torch.no_grad()
 def decay_dominates(terms: DecayTerms) -> Tensor:
     """How many coordinates have |weight_decay * weight| > |rival|, int64 [] on the weight's device."""
-    weight, rival = terms.weight.detach(), terms.rival.detach()
+    weight, rival = terms.weight.detach(), terms.rival
     if not isinstance(terms.weight_decay, Tensor) and terms.weight_decay == 0.0:
         return torch.zeros((), dtype=torch.int64, device=weight.device)
 
@@ -48,8 +69,12 @@ def decay_dominates(terms: DecayTerms) -> Tensor:
         scaled = rival if terms.rival_scale is None else rival * terms.rival_scale
         return weight.abs() * terms.weight_decay > scaled.abs()
 
+    if isinstance(rival, AdamDirection):
+        blocks = in_blocks(weight, rival.m, rival.v)
+        return sum_of([dominates(part, rival.of(m, v)).sum() for part, m, v in blocks])
+    rival = rival.detach()
     if not rival.is_sparse:
-        return dominates(weight, rival).sum()
+        return sum_of([dominates(*parts).sum() for parts in in_blocks(weight, rival)])
     # Rows without a gradient: the decay is alone wherever the weight is not 0. Each row that has one is looked at where
     # its id occurs first.
     ids, values = rival._indices()[0], rival._values()

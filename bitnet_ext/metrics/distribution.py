@@ -27,13 +27,14 @@ from bitnet_ext.metrics.rarefaction import rarefied_unique
 #: Training-unigram mass at which the head of the vocabulary ends and the tail begins.
 FREQUENCY_BINS = (0.5, 0.9)
 
-# Rows of one pass over [rows, V]: 16 rows of 50,257 fp32 (3.2 MB) were the fastest of 4..128 on a CPU,
-# because the three element-wise steps then meet the block in cache; a GPU wants blocks that fill it.
-_CPU_BLOCK_BYTES = 16 * 50_257 * 4
+# A block of [rows, V] that a pass on a GPU writes.
 _CUDA_BLOCK_BYTES = 256 << 20
-# Logits that evaluate_heldout holds at once: 128 rows of 50,257 fp32 (26 MB) stay in the L2 cache of a large GPU for
-# the passes over them.
-_LOGITS_BYTES = 128 * 50_257 * 4
+# Logits that evaluate_heldout holds at once. 128 rows of 50,257 fp32 (26 MB) stay in the L2 cache of a large GPU for
+# the passes over them; a CPU multiplies 512 rows at 85 GFLOP/s and 128 at 72 (one thread of an AMD EPYC).
+_CUDA_LOGITS_BYTES = 128 * 50_257 * 4
+_CPU_LOGITS_BYTES = 512 * 50_257 * 4
+# Rows of logits that are copied at once on a CPU, whose statistics use them up.
+_COPIED_ROWS = 128
 
 
 def frequency_bins(unigram_log_probs: Tensor | np.ndarray) -> Tensor:
@@ -68,6 +69,10 @@ class _Rows(NamedTuple):
     logit_std: Tensor
 
 
+def _join(parts: list[_Rows]) -> _Rows:
+    return parts[0] if len(parts) == 1 else _Rows(*map(torch.cat, zip(*parts, strict=True)))
+
+
 class PredictionStatistics:
     """Streams logits and targets into the held-out statistics; no logits are kept.
 
@@ -76,9 +81,9 @@ class PredictionStatistics:
     ...     statistics.update(logits, target)
     >>> row = statistics.result()
 
-    One ``update`` costs one :func:`bitnet_ext.ops.softmax_stats` and one more pass over the logits. Sums over
-    positions are fp64, so the result does not depend on how the positions were cut into chunks beyond
-    rounding.
+    One ``update`` costs one pass over the logits on a CPU, and on a GPU one :func:`bitnet_ext.ops.softmax_stats` and
+    one more pass. Sums over positions are fp64, so the result does not depend on how the positions were cut into
+    chunks beyond rounding.
 
     Args:
         vocab_size: V.
@@ -150,14 +155,13 @@ class PredictionStatistics:
         check_targets(target, self.vocab_size)
         self._add(self._rows(logits.detach().contiguous(), target), target)
 
-    def _rows(self, logits: Tensor, target: Tensor, overwrite: bool = False) -> _Rows:
-        """Statistics of each position; adds the positions' distributions to the mass.
-
-        With `overwrite`, float32 logits are used up.
-        """
+    def _rows(self, logits: Tensor, target: Tensor) -> _Rows:
+        """Statistics of each position; adds the positions' distributions to the mass."""
+        if not logits.is_cuda:
+            return self._copied_rows(logits, target)
         lse, target_logit, mean_logit, expected_logit, argmax = ops.softmax_stats(logits, target)
         top_logit = logits.gather(1, argmax[:, None])[:, 0]
-        norms = self._accumulate_mass(logits, lse, mean_logit, overwrite)
+        norms = self._accumulate_mass(logits, lse, mean_logit)
         return _Rows(
             lse - target_logit,
             lse - expected_logit,
@@ -166,17 +170,29 @@ class PredictionStatistics:
             norms.double() / math.sqrt(self.vocab_size),
         )
 
+    def _copied_rows(self, logits: Tensor, target: Tensor) -> _Rows:
+        """:meth:`_rows` on a CPU, by the operator that uses logits up."""
+        rows_at_once = min(len(logits), _COPIED_ROWS)
+        buffer = ops.logits_buffer(rows_at_once, self.vocab_size, dtype=torch.float32, device=logits.device)
+        parts = []
+        for rows, here in zip(logits.split(rows_at_once), target.split(rows_at_once), strict=True):
+            copied = buffer[: len(rows)]
+            copied[:, : self.vocab_size].copy_(rows)
+            parts.append(self._take(ops.predicted_rows_(copied, self.vocab_size, here)))
+        return _join(parts)
+
     def _predicted(self, hidden: Tensor, head: Tensor, target: Tensor, buffer: Tensor) -> _Rows:
-        """:meth:`_rows` of logits that are made on a GPU for it, with half as many passes over them."""
-        found = ops.predict_rows(hidden, head, target, buffer)
+        """:meth:`_rows` of logits that are made for it, with fewer passes over them."""
+        return self._take(ops.predict_rows(hidden, head, target, buffer))
+
+    def _take(self, found: ops.PredictedRows) -> _Rows:
         self._mass += found.mass
-        top_logit = found.logits.gather(1, found.argmax[:, None])[:, 0].double()
         return _Rows(
             found.cross_entropy.double(),
             found.entropy.double(),
             found.argmax,
-            top_logit - found.lse,
-            found.logits.std(dim=1, correction=0).double(),
+            found.top_log_probability,
+            found.logit_std.double(),
         )
 
     def _add(self, rows: _Rows, target: Tensor) -> None:
@@ -198,17 +214,15 @@ class PredictionStatistics:
         self._bin_counts[0].index_add_(0, bins, one)
         self._bin_counts[1].index_add_(0, bins, (rows.argmax == target).long())
 
-    def _accumulate_mass(self, logits: Tensor, lse: Tensor, mean_logit: Tensor, overwrite: bool) -> Tensor:
+    def _accumulate_mass(self, logits: Tensor, lse: Tensor, mean_logit: Tensor) -> Tensor:
         """Adds sum_i p_i to the mass, in one blocked pass; returns the norms of z_i - mean(z_i), fp32 [T]."""
-        budget = _CUDA_BLOCK_BYTES if logits.is_cuda else _CPU_BLOCK_BYTES
-        rows = max(1, min(logits.size(0), budget // (4 * self.vocab_size)))
-        overwrite = overwrite and logits.dtype == torch.float32
-        block = None if overwrite else torch.empty(rows, self.vocab_size, device=logits.device)
+        rows = max(1, min(logits.size(0), _CUDA_BLOCK_BYTES // (4 * self.vocab_size)))
+        block = torch.empty(rows, self.vocab_size, device=logits.device)
         norms = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
         shift = (mean_logit - lse).float()
         for start in range(0, logits.size(0), rows):
             here = slice(start, min(start + rows, logits.size(0)))
-            centred = logits[here] if block is None else block[: here.stop - here.start]
+            centred = block[: here.stop - here.start]
             torch.sub(logits[here], mean_logit[here, None], out=centred)
             torch.linalg.vector_norm(centred, dim=1, out=norms[here])
             self._mass += centred.add_(shift[here, None]).exp_().sum(0)
@@ -374,7 +388,7 @@ class HeldOut:
         """:class:`PredictionStatistics` of a model; nothing in it waits for the device.
 
         The model runs in eval mode without gradients; each module's own mode is restored. The head is applied
-        to a few positions at a time, so that the logits never take more than 26 MB.
+        to a few positions at a time, so that the logits never take more than 26 MB, on a CPU 103 MB.
 
         Args:
             model: has ``hidden_states(input_ids [B, T]) -> [B, T, H]`` and ``head_weight`` [V, H], on the device.
@@ -394,23 +408,21 @@ class HeldOut:
                 fused = ops.predicts_rows(hidden)
                 if buffer is None:
                     head = head.to(hidden.dtype)
-                    columns = ops.padded_columns(head.size(0)) if fused else head.size(0)
-                    chunk = max(1, _LOGITS_BYTES // (hidden.element_size() * head.size(0)))
+                    budget = _CUDA_LOGITS_BYTES if hidden.is_cuda else _CPU_LOGITS_BYTES
+                    chunk = max(1, budget // (hidden.element_size() * head.size(0)))
                     # One buffer for all chunks: a fresh 26 MB allocation costs as much as the product itself.
-                    buffer = torch.empty(
-                        min(chunk, len(hidden)), columns, dtype=hidden.dtype, device=self.device
-                    )
+                    rows = min(chunk, len(hidden))
+                    buffer = ops.logits_buffer(rows, head.size(0), dtype=hidden.dtype, device=hidden.device)
                 parts = []
                 for start in range(0, hidden.size(0), buffer.size(0)):
                     part = hidden[start : start + buffer.size(0)]
                     here = target[start : start + part.size(0)]
-                    logits = buffer[: part.size(0)]
                     if fused:
-                        parts.append(statistics._predicted(part, head, here, logits))
+                        parts.append(statistics._predicted(part, head, here, buffer))
                     else:
-                        torch.mm(part, head.t(), out=logits)
-                        parts.append(statistics._rows(logits, here, overwrite=True))
-                statistics._add(_Rows(*map(torch.cat, zip(*parts, strict=True))), target)
+                        logits = ops.logits_in(buffer, part, head)
+                        parts.append(statistics._rows(logits.contiguous(), here))
+                statistics._add(_join(parts), target)
             return statistics.measurement()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitnet_ext import ops
 from bitnet_ext.metrics.evaluation import evaluation_mode
 from bitnet_ext.metrics.measurement import Measurement, Numbers
 from bitnet_ext.metrics.rarefaction import rarefied_unique
@@ -49,8 +50,11 @@ def last_predictions(model: nn.Module, prompts: Tensor) -> tuple[Tensor, Tensor]
     head: Tensor = model.head_weight  # type: ignore[assignment]
     with evaluation_mode(model):
         hidden: Tensor = model.hidden_states(prompts.to(head.device))  # type: ignore[operator]
-        logits = hidden[:, -1] @ head.to(hidden.dtype).t()
-        return logits.argmax(-1), ~torch.isnan(logits).any()
+        last = hidden[:, -1]
+        buffer = ops.logits_buffer(len(last), head.size(0), dtype=last.dtype, device=last.device)
+        # A row with NaN has it as its largest value.
+        top, argmax = ops.logits_in(buffer, last, head.to(last.dtype)).max(-1)
+        return argmax, ~torch.isnan(top).any()
 
 
 def unique_predictions(model: nn.Module, prompts: Tensor) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_ext.metrics.distribution import frequency_bins
-from bitnet_ext.metrics.measurement import Measurement, Numbers
+from bitnet_ext.metrics.measurement import Measurement, Numbers, in_blocks, sum_of
 from bitnet_ext.nn import BitLinear, RMSNorm
 
 
@@ -63,7 +63,8 @@ def measure_weight_norms(model: nn.Module) -> Measurement:
         sums = {name: sum(next(totals) for _ in numbers) for name, numbers in sizes.items()}
         return {name: sums[name] / sum(numbers) if numbers else None for name, numbers in sizes.items()}
 
-    return Measurement((torch.stack([tensor.abs().sum() for tensor in tensors]),), finish)
+    totals = [sum_of([part.abs().sum() for (part,) in in_blocks(tensor)]) for tensor in tensors]
+    return Measurement((torch.stack(totals),), finish)
 
 
 #: Names of the bins of :func:`row_norms`: those of :func:`frequency_bins`, and ids the training text does not have.

@@ -51,8 +51,11 @@ def packed_codes(model: nn.Module) -> list[PackedCodes]:
 
 def _field_counts(packed: Sequence[Tensor]) -> Tensor:
     """How often each 2-bit value 0..3 occurs in all of the tensors, int64 [4]."""
-    # By comparisons: torch.bincount would ask the device how long its answer must be.
     bytes_ = torch.cat([tensor.reshape(-1) for tensor in packed])
+    if bytes_.device.type == "cpu":
+        of_byte = torch.bincount(bytes_, minlength=256).view(4, 4, 4, 4)
+        return torch.stack([of_byte.sum([d for d in range(4) if d != field]) for field in range(4)]).sum(0)
+    # By comparisons: torch.bincount would ask the device how long its answer must be.
     fields = torch.stack([bytes_ >> shift & 3 for shift in (0, 2, 4, 6)])
     return torch.stack([(fields == value).sum() for value in range(4)])
 

@@ -29,7 +29,7 @@ class BitLinear(nn.Module):
         backward: how the two products of the backward pass are computed, "exact" or "int8", see
             :func:`bitnet_ext.ops.bit_linear`; may be set at any time. Full precision has only the first.
 
-    The codes are kept until the weight changes (:class:`WeightCache`).
+    Each forward uses the weight as it is then. Within :func:`bitnet_ext.nn.frozen_weights` it is quantised only once.
 
     Shapes: input [..., K], output [..., N].
     """
@@ -93,20 +93,21 @@ class BitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gain = self.float_gain
+        weight = self.weight  # read once: a parametrised layer computes it
         if self.is_quantized:
             norm_eps = None if gain is None else self.norm_eps
             return ops.bit_linear(
                 x,
-                self.weight,
+                weight,
                 bias=self.float_bias,
                 norm_weight=gain,
                 norm_eps=norm_eps,
                 backward=self.backward_mode,
-                quantized=self.cache.get([self.weight]),
+                quantized=self.cache.get([weight]),
             )
         if gain is not None:
             x = ops.rms_norm(x, gain, self.norm_eps)
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:
         return (

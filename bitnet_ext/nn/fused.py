@@ -19,6 +19,7 @@ from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
 from bitnet_ext.nn.rms_norm import RMSNorm
 from bitnet_ext.nn.weight_cache import WeightCache
 from bitnet_ext.ops.fused_quantize import Activation
+from bitnet_ext.ops.packed_linear import needs_gradient
 
 
 def norm_linear(
@@ -73,6 +74,10 @@ def norm_linear(
 
     packed = [m for m in layers if isinstance(m, PackedBitLinear) and m.norm_weight is None]
     if len(packed) == len(layers):
+        if torch.is_grad_enabled() and needs_gradient(x, delta, gain, *(m.bias for m in packed)):
+            total = total if delta is None else (x + delta).to(x.dtype)
+            read = x if delta is None else total
+            return [m.trainable(read, gain, eps) for m in packed], total
         if delta is not None and delta.dtype == x.dtype:
             x_i8, act_scale, total = ops.add_rms_norm_quantize(delta, x, gain, eps)
         else:
@@ -107,6 +112,8 @@ def glu_linear(parts: Sequence[Tensor], activation: Activation, layer: nn.Module
         )
     gate, up = parts[0].chunk(2, dim=-1) if len(parts) == 1 else parts
     if isinstance(layer, PackedBitLinear):
+        if torch.is_grad_enabled() and needs_gradient(gate, up, layer.bias, layer.norm_weight):
+            return layer.trainable_glu(side_by_side(parts), activation)
         gain = layer.norm_weight
         x_i8, act_scale = ops.glu_quantize(gate, up, activation, gain, layer.norm_eps, gain is not None)
         return layer.product(x_i8, act_scale, gate.dtype)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_ext import ops
+from bitnet_ext.nn.float_weight import NoFloatWeight
+from bitnet_ext.nn.packed_state import check_scale
 from bitnet_ext.ops.int8_mm import MAX_INT8_K, int8_mm, quantize_rows_int8, unprepack_int8
+from bitnet_ext.ops.packed_linear import int8_linear, needs_gradient, served_dtype
 
 
 class Int8Linear(nn.Module):
@@ -23,9 +26,12 @@ class Int8Linear(nn.Module):
     is one, whatever the device. In memory there is one copy of the weights, in the form that the device's
     product reads: the codes on the CPU, their prepacked form on CUDA.
 
+    Gradients reach the input, straight through its quantiser, and the buffer ``bias`` where it requires one.
+
     Args:
         in_features, out_features: K and N.
         codes, weight_scale, bias: as in the state_dict.
+        float_dtype: of the float weights around the layer; reported as ``weight.dtype``.
 
     Shapes: input [..., K], output [..., N] in the input's dtype (the autocast dtype under autocast).
     """
@@ -41,6 +47,7 @@ class Int8Linear(nn.Module):
         codes: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None = None,
+        float_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if in_features > MAX_INT8_K:
@@ -58,6 +65,10 @@ class Int8Linear(nn.Module):
                     f"Int8Linear: {name} must be {dtype} of shape {shape}, got {value.dtype} "
                     f"of shape {tuple(value.shape)}"
                 )
+        fault = check_scale("weight_scale", weight_scale, 0, out_features)
+        if fault is not None:
+            raise ValueError(f"Int8Linear: {fault}")
+        self._float_dtype = float_dtype
         # Not persistent: the state_dict has the codes, in the same form from every device.
         self.register_buffer("_weight", _device_form(codes), persistent=False)
         self.register_buffer("weight_scale", weight_scale)
@@ -66,16 +77,27 @@ class Int8Linear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_linear(cls, layer: nn.Linear) -> Int8Linear:
-        """Quantises a float layer, row by row.
+        """Quantises a float layer, row by row; one on the meta device becomes an empty layer of the right shapes.
 
         Raises:
             ValueError: when the weights hold NaN or Inf.
         """
-        if not bool(torch.isfinite(layer.weight).all()):
+        return cls.from_weight(layer.weight, layer.bias)
+
+    @classmethod
+    @torch.no_grad()
+    def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> Int8Linear:
+        """Quantises a float matrix [N, K], for instance an embedding's, row by row; `bias` is [N] or None.
+
+        Raises:
+            ValueError: when the weights hold NaN or Inf.
+        """
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise ValueError("Int8Linear: the layer's weight holds NaN or Inf; finite values are needed")
-        codes, weight_scale = quantize_rows_int8(layer.weight)
-        bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
-        return cls(layer.in_features, layer.out_features, codes, weight_scale, bias)
+        N, K = weight.shape
+        codes, weight_scale = quantize_rows_int8(weight.detach())
+        bias = None if bias is None else bias.detach().to(torch.float32, copy=True)
+        return cls(K, N, codes, weight_scale, bias, weight.dtype)
 
     @property
     def codes(self) -> Tensor:
@@ -83,6 +105,12 @@ class Int8Linear(nn.Module):
         if self._weight.dtype == torch.int8:
             return self._weight
         return unprepack_int8(self._weight, self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> NoFloatWeight:
+        """Shape, dtype and device of the float weight that this layer stands for. It has no values."""
+        shape = (self.out_features, self.in_features)
+        return NoFloatWeight("Int8Linear", shape, self._float_dtype, self._weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         """Moves as any module does and takes on the new device's form of the weights. A cast
@@ -98,6 +126,7 @@ class Int8Linear(nn.Module):
             self._weight = self.codes
         else:
             self._weight = _device_form(self._weight)
+        self._float_dtype = fn(torch.empty(0, dtype=self._float_dtype, device=self._weight.device)).dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -114,6 +143,12 @@ class Int8Linear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        scale = state_dict.get(prefix + "weight_scale")
+        if scale is not None:
+            fault = check_scale(prefix + "weight_scale", scale, 0, self.out_features, shapes=False)
+            if fault is not None:
+                error_msgs.append(fault)
+                return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -136,9 +171,17 @@ class Int8Linear(nn.Module):
                 self._weight.copy_(_device_form(codes.to(self._weight.device)))
 
     def forward(self, x: Tensor) -> Tensor:
+        out_dtype = served_dtype(x.device, x.dtype)
+        if torch.is_grad_enabled() and needs_gradient(x, self.bias):
+            return int8_linear(
+                x,
+                self._weight,
+                self.weight_scale,
+                out_features=self.out_features,
+                bias=self.bias,
+                out_dtype=out_dtype,
+            )
         x_i8, act_scale = ops.quantize_act_int8(x)
-        device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
         return int8_mm(
             x_i8,
             act_scale,
@@ -146,7 +189,7 @@ class Int8Linear(nn.Module):
             self.weight_scale,
             bias=self.bias,
             out_features=self.out_features,
-            out_dtype=torch.get_autocast_dtype(device_type) if autocast else x.dtype,
+            out_dtype=out_dtype,
             weight_is_constant=True,  # the kernel before it is the quantiser
         )
 

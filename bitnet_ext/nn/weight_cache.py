@@ -1,30 +1,23 @@
-"""Ternary codes of latent weights, kept for as long as the weights stay what they were.
+"""Ternary codes of latent weights: made in every forward, unless someone vouches for the weights.
 
-A layer's weights change once an optimiser step, but the layer runs once a micro-batch, at every evaluation and
-in between. A :class:`WeightCache` quantises when they have changed and only then.
+A forward of a ternary layer quantises its weights, so it computes from the values that they have at that moment. No
+rule decides whether weights "have changed": nothing that the host can read is reliable. Collectives, FSDP2,
+``weight.data.copy_``, fused optimisers, NumPy and DLPack views and replayed CUDA graphs write without a trace.
 
-What counts as a change: another tensor object, storage, device, dtype or shape, another value of the version
-counter that PyTorch adds to at every operation in place (autograd relies on the same counter), or a step of any
-``torch.optim.Optimizer``, because the fused ones of PyTorch write without counting. So load_state_dict, .to(),
-optimisers, and arithmetic under torch.no_grad() are all seen. Not seen, as autograd does not see them either:
-writes through ``weight.data`` in place, or into its memory from outside PyTorch (a replayed CUDA graph, another
-process). Whoever does that calls :meth:`WeightCache.clear`, or
-``torch.autograd.graph.increment_version(weight)``.
+Whoever knows that the weights do not change saves the work:
 
-* While a CUDA graph is captured a lookup always quantises, so that a replay computes from the weights of its
-  own time, except inside :func:`resident_weights`, whose caller vouches for the codes.
-* Under torch.compile a lookup is quantize_weights, once a forward: the version counter is not visible to a
-  traced program, and codes handed out by reference could be overwritten by a compiler that owns every buffer.
-* A lookup on another stream than the one that quantised quantises anew, since nothing orders the two.
-* Threads may share a cache: an entry is replaced as a whole; the worst of a race is to quantise twice.
-* A process of DDP keeps its own codes, from weights that DDP keeps equal.
+* :func:`frozen_weights` is the public way. Each weight is quantised once, at its first forward within the block.
+  ``generate`` and the measures of ``bitnet_ext.metrics`` use it for the duration of one call.
+* :func:`resident_weights` is for code that changes the weights itself and keeps the codes up to date itself, as the
+  training step does.
+
+A :class:`WeightCache` is the name under which both find the codes of one layer, or of layers that share an input.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,110 +28,29 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from bitnet_ext import ops
 from bitnet_ext.ops import QuantizedWeight
 
-_local = threading.local()
-
-
-class _OptimizerSteps:
-    """Counts the steps of all torch optimisers of the process, from the first cache on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._registered = False
-
-    def watch(self) -> None:
-        if not self._registered:
-            register_optimizer_step_post_hook(self._count)
-            self._registered = True
-
-    def _count(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():  # a compiled step counts versions
-            self.count += 1
-
-
-_optimizer_steps = _OptimizerSteps()
-
-
-def _state_of(weight: Tensor) -> tuple[Any, ...]:
-    """All of a weight that decides whether its codes are still right, but the object itself."""
-    return weight._version, weight.data_ptr(), weight.device, weight.dtype, weight.shape
-
-
-def _stream_of(weight: Tensor) -> int:
-    return torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
-
-
-class _Entry:
-    """Codes and what they were made from."""
-
-    def __init__(self, weights: Sequence[Tensor], quantized: QuantizedWeight) -> None:
-        self.weights = [weakref.ref(w) for w in weights]
-        self.states = [_state_of(w) for w in weights]
-        self.stream = _stream_of(weights[0])
-        self.optimizer_steps = _optimizer_steps.count
-        self.quantized = quantized
-
-    def is_current(self, weights: Sequence[Tensor]) -> bool:
-        return (
-            self.optimizer_steps == _optimizer_steps.count
-            and len(weights) == len(self.weights)
-            and all(
-                ref() is w and state == _state_of(w)
-                for ref, state, w in zip(self.weights, self.states, weights, strict=True)
-            )
-            and self.stream == _stream_of(weights[0])
-        )
-
 
 class WeightCache:
     """Hands out the ternary codes of a layer's weight, or of weights that share an input, stacked.
 
-    Held as a plain attribute of the module, it stays out of state_dict; copies and pickles of it are empty.
+    It is a key and holds nothing: codes live in a block of :func:`frozen_weights` or :func:`resident_weights`. A
+    module keeps it as a plain attribute, so it is not in the state_dict. Copies and pickles of it are other keys.
     """
 
-    def __init__(self) -> None:
-        self._entry: _Entry | None = None
-        _optimizer_steps.watch()
-
     def get(self, weights: Sequence[Tensor]) -> QuantizedWeight:
-        """:func:`bitnet_ext.ops.quantize_weights` of `weights`, computed only when they have changed."""
+        """:func:`bitnet_ext.ops.quantize_weights` of `weights`, or the codes that a block of this thread keeps."""
         if torch.compiler.is_compiling():
             return ops.quantize_weights(weights)
-        resident: Mapping[WeightCache, QuantizedWeight] = getattr(_local, "resident", {})
-        if self in resident:
-            return resident[self]
-        # Fake and wrapped tensors have no storage to compare, tensors of inference mode no version.
-        plain = all(type(w) in (Tensor, nn.Parameter) and not w.is_inference() for w in weights)
-        captured = weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        if not plain or captured or torch._C._functorch.peek_interpreter_stack() is not None:
-            return ops.quantize_weights(weights)
-        entry = self._entry
-        if entry is None or not entry.is_current(weights):
-            # Tensors made in inference mode could not be saved for a backward pass later.
-            with torch.inference_mode(False):
-                entry = _Entry(weights, ops.quantize_weights(weights))
-            self._entry = entry
-        return entry.quantized
-
-    def put(self, weights: Sequence[Tensor], quantized: QuantizedWeight) -> None:
-        """Declares that `quantized` holds the codes of `weights` as they are now."""
-        self._entry = _Entry(weights, quantized)
-
-    def holds(self, weights: Sequence[Tensor], quantized: QuantizedWeight) -> bool:
-        """Whether `quantized` is what :meth:`get` would return, without a launch."""
-        entry = self._entry
-        return entry is not None and entry.quantized is quantized and entry.is_current(weights)
-
-    @property
-    def weights(self) -> list[Tensor] | None:
-        """The weights of the last lookup that was kept, or None."""
-        if self._entry is None:
-            return None
-        weights = [ref() for ref in self._entry.weights]
-        return None if any(w is None for w in weights) else [w for w in weights if w is not None]
+        resident = _local.resident.get(self)
+        if resident is not None:
+            return resident
+        slot = _local.frozen.get(self)
+        return ops.quantize_weights(weights) if slot is None else slot.get(weights)
 
     def clear(self) -> None:
-        """Forgets the codes."""
-        self._entry = None
+        """Within :func:`frozen_weights`: forgets the codes, so that the next forward quantises again."""
+        slot = _local.frozen.get(self)
+        if slot is not None:
+            slot.kept = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache()
@@ -150,6 +62,112 @@ class WeightCache:
         return WeightCache, ()
 
 
+class _Kept:
+    """Codes, the weights that they are of, and what shows most breaches of a caller's word."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = list(weights)
+        # Tensors made in inference mode could not be saved for a backward pass later.
+        with torch.inference_mode(False):
+            self.codes = ops.quantize_weights(weights)
+        self.stream = _stream_of(weights[0])
+        self.state = _visible_state(weights)
+        self.stepped = False  # whether an optimiser has made a step with one of the weights
+
+    def is_of(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensor objects; they are held, so that no other object can have their identity."""
+        return len(weights) == len(self.weights) and all(map(_is, weights, self.weights))
+
+
+class _Slot:
+    """Where a block of :func:`frozen_weights` keeps the codes of one cache."""
+
+    def __init__(self) -> None:
+        self.kept: _Kept | None = None
+
+    def get(self, weights: Sequence[Tensor]) -> QuantizedWeight:
+        plain = all(type(w) in (Tensor, nn.Parameter) for w in weights)  # no fake and no wrapped tensor
+        captured = weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if not plain or captured or torch._C._functorch.peek_interpreter_stack() is not None:
+            return ops.quantize_weights(weights)
+        kept = self.kept
+        if kept is None:
+            kept = self.kept = _Kept(weights)
+        elif not kept.is_of(weights) or kept.stream != _stream_of(weights[0]):
+            return ops.quantize_weights(
+                weights
+            )  # of a functional call, or on a stream that nothing orders with this
+        elif kept.stepped or kept.state != _visible_state(weights):
+            shapes = ", ".join(str(tuple(w.shape)) for w in weights)
+            raise RuntimeError(
+                f"frozen_weights: a weight of shape {shapes} was changed within the block after a forward had "
+                "quantised it; change weights outside of the block, or call WeightCache.clear() after the change"
+            )
+        return kept.codes
+
+
+class _Blocks(threading.local):
+    """The blocks that this thread is in."""
+
+    def __init__(self) -> None:
+        self.resident: Mapping[WeightCache, QuantizedWeight] = {}
+        self.frozen: Mapping[WeightCache, _Slot] = {}
+
+
+_local = _Blocks()
+
+
+class FrozenWeights:
+    """What :func:`frozen_weights` yields: the codes that were made within the block so far."""
+
+    def __init__(self, slots: Mapping[WeightCache, _Slot]) -> None:
+        self._slots = slots
+
+    def made(self) -> list[tuple[WeightCache, list[Tensor], QuantizedWeight]]:
+        """Each cache with its weights [N_i, K] and their codes."""
+        kept = [(cache, slot.kept) for cache, slot in self._slots.items()]
+        return [(cache, k.weights, k.codes) for cache, k in kept if k is not None]
+
+
+@contextlib.contextmanager
+def frozen_weights(module: nn.Module) -> Iterator[FrozenWeights]:
+    """Within the block the weights of `module` do not change; each is quantised once, at its first forward within.
+
+    Outside of such a block every forward quantises. Use it around forwards between two updates: the micro-batches of
+    a step, the batches of an evaluation, the tokens of a decoding loop::
+
+        with frozen_weights(model):
+            for rows in micro_batches:
+                loss_of(model, rows).backward()
+        optimizer.step()
+
+    The caller vouches for the weights. A change within the block is a breach: later forwards may use the old codes.
+    Most breaches raise an error at the next forward, namely operations in place that PyTorch counts and steps of a
+    ``torch.optim.Optimizer``. Writes that leave no trace (``weight.data.copy_``, collectives, NumPy views, replayed
+    CUDA graphs) cannot be noticed. After a deliberate change leave the block and enter again, or call
+    :meth:`WeightCache.clear` of each of :func:`weight_caches`.
+
+    * The block is of this thread; other threads quantise in every forward.
+    * Blocks nest. An inner block of the same module uses the codes of the outer one.
+    * Other tensors in place of the parameters (``torch.func.functional_call``, parametrisations), transforms of
+      ``torch.func`` and forwards on another CUDA stream than the first one are quantised in every forward.
+    * Under ``torch.compile`` every forward quantises: a traced program cannot see the block.
+    * While a CUDA graph is captured every forward quantises, so a replay computes from the weights of its own time.
+    * Caches that the module gets within the block are not part of it.
+
+    Raises:
+        RuntimeError: from a forward, when a weight was changed within the block.
+    """
+    _watch_optimizers()
+    before = _local.frozen
+    slots = {cache: before.get(cache) or _Slot() for cache in weight_caches(module)}
+    _local.frozen = {**before, **slots}
+    try:
+        yield FrozenWeights(slots)
+    finally:
+        _local.frozen = before
+
+
 @contextlib.contextmanager
 def resident_weights(codes: Mapping[WeightCache, QuantizedWeight]) -> Iterator[None]:
     """Within it, on this thread, the lookups of these caches return these codes unchecked.
@@ -157,7 +175,7 @@ def resident_weights(codes: Mapping[WeightCache, QuantizedWeight]) -> Iterator[N
     For a step that is captured and replayed: it keeps the codes up to date itself, by quantising into them
     (:func:`bitnet_ext.ops.quantize_weight_groups_`) whenever it has changed the weights.
     """
-    before = getattr(_local, "resident", {})
+    before = _local.resident
     _local.resident = codes
     try:
         yield
@@ -173,3 +191,36 @@ def weight_caches(module: nn.Module) -> list[WeightCache]:
             if isinstance(value, WeightCache):
                 found[value] = None
     return list(found)
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _stream_of(weight: Tensor) -> int:
+    return torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+
+
+def _visible_state(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """What a change of a weight often changes too. Not its address: FSDP2 frees and refills unchanged weights."""
+    return [(None if w.is_inference() else w._version, w.shape, w.dtype, w.device) for w in weights]
+
+
+_watching = False
+
+
+def _watch_optimizers() -> None:
+    """From the first block on: fused optimisers write without counting a version."""
+    global _watching
+    if not _watching:
+        _watching = True
+        register_optimizer_step_post_hook(_mark_stepped)
+
+
+def _mark_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling() or not _local.frozen:
+        return
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    for slot in _local.frozen.values():
+        if slot.kept is not None and not updated.isdisjoint(map(id, slot.kept.weights)):
+            slot.kept.stepped = True

@@ -24,13 +24,9 @@ from bitnet_ext.ops.int8_grad import int8_grads, int8_grads_ref
 from bitnet_ext.ops.int8_mm import int8_mm, int8_mm_ref, quantize_rows_int8, quantize_rows_int8_ref
 from bitnet_ext.ops.loss import (
     LinearCrossEntropyOutput,
-    PredictedRows,
     SoftmaxStats,
     linear_cross_entropy,
     linear_cross_entropy_ref,
-    padded_columns,
-    predict_rows,
-    predicts_rows,
     softmax_stats,
     softmax_stats_ref,
 )
@@ -64,6 +60,15 @@ from bitnet_ext.ops.packing import (
     unpack_ternary_ref,
     unprepack_ternary,
     unprepack_ternary_ref,
+)
+from bitnet_ext.ops.prediction import (
+    PredictedRows,
+    logits_buffer,
+    logits_in,
+    predict_rows,
+    predicted_rows_,
+    predicted_rows_ref,
+    predicts_rows,
 )
 from bitnet_ext.ops.quantize import (
     dequantize_act,
@@ -147,10 +152,13 @@ __all__ = [
     "int8xint2_mm_ref",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
+    "logits_buffer",
+    "logits_in",
     "pack_ternary",
     "pack_ternary_ref",
-    "padded_columns",
     "predict_rows",
+    "predicted_rows_",
+    "predicted_rows_ref",
     "predicts_rows",
     "prefers_skinny_mm",
     "prefers_small_grad",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bitnet_ext.ops import _checks
+from bitnet_ext.ops._compiler import assume_constant_result
 
 _ops = torch.ops.bitnet_ext
 
@@ -268,7 +269,7 @@ def _in_parts(
     return joined, None if total is None else total.to(weight_dtype)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _has_weight_grad(device: int) -> bool:
     """Whether the device and this build have the product over tokens."""
     from bitnet_ext import build_info

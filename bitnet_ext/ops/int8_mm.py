@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bitnet_ext.ops import _checks
+from bitnet_ext.ops._compiler import assume_constant_result
 from bitnet_ext.ops.packing import prepacked_shape
 from bitnet_ext.ops.quantize import quantize_act_int8_ref
 
@@ -177,7 +178,7 @@ def _sums_on_cpu(x_i8: Tensor, codes: Tensor) -> Tensor:
     return sums.reshape(*x_i8.shape[:-1], N)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _int_mm_is_exact() -> bool:
     return _probe_int_mm()
 

@@ -241,48 +241,9 @@ def linear_cross_entropy_ref(
     )
 
 
-class PredictedRows(NamedTuple):
-    """What :func:`predict_rows` finds.
-
-    Attributes:
-        logits: [T, V], in the buffer's memory.
-        lse, cross_entropy, entropy: float32 [T]; argmax: int64 [T].
-        mass: float32 [V], the sum of the T distributions.
-    """
-
-    logits: Tensor
-    lse: Tensor
-    cross_entropy: Tensor
-    entropy: Tensor
-    argmax: Tensor
-    mass: Tensor
-
-
 def padded_columns(V: int) -> int:
     """Columns of a buffer for the logits of V tokens: rows that begin at multiples of 16 bytes, whole tiles."""
     return -(-V // 64) * 64
-
-
-def predicts_rows(hidden: Tensor) -> bool:
-    """Whether :func:`predict_rows` takes hidden states of this device and dtype."""
-    return hidden.is_cuda and hidden.dtype in (torch.float32, torch.bfloat16)
-
-
-def predict_rows(hidden: Tensor, head: Tensor, target: Tensor, buffer: Tensor) -> PredictedRows:
-    """Statistics of the predictions for hidden states, on a GPU: a product and two passes over the logits.
-
-    Args:
-        hidden: [T, H] float32 or bfloat16; head: [V, H] of the same dtype.
-        target: int64 [T].
-        buffer: [T, padded_columns(V)] of the same dtype, contiguous; overwritten.
-    """
-    V = head.shape[0]
-    _write_logits(hidden.contiguous(), head, buffer)
-    lse, cross_entropy, entropy, _, argmax = _ops.cross_entropy_rows_(
-        buffer, V, target, None, None, 0.0, 0.0, 0.0, 0.0, 0.0
-    )
-    mass = _ops.probability_sums(buffer, V, target, lse, 0.0).sum(0)
-    return PredictedRows(buffer[:, :V], lse, cross_entropy, entropy, argmax, mass)
 
 
 # --- the operator: loss and gradients in one call -----------------------------------------------------------
@@ -305,8 +266,8 @@ def _head(weight: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtype, stride:
     return head
 
 
-def _write_logits(hidden: Tensor, head: Tensor, buffer: Tensor) -> None:
-    """buffer[:, :C] = hidden [T, H] x head [C, H]^T."""
+def write_logits(hidden: Tensor, head: Tensor, buffer: Tensor) -> None:
+    """buffer[:, :C] = hidden [T, H] x head [C, H]^T; buffer is [T, padded_columns(C)] or has C columns."""
     if buffer.is_contiguous() and takes_skinny_mm("nt", *hidden.shape, hidden, head, buffer):
         _ops.skinny_mm_nt_(buffer, hidden, head)
         return
@@ -404,7 +365,7 @@ def forward(
             sums = torch.zeros(V, device=hidden.device)
             for rows in chunks:
                 logits = buffer[: rows.stop - rows.start]
-                _write_logits(x[rows], head, logits)
+                write_logits(x[rows], head, logits)
                 stats.append(_ops.cross_entropy_rows_(logits, V, target[rows], None, None, *terms, softcap))
                 sums += _ops.probability_sums(logits, V, target[rows], stats[-1][0], softcap).sum(0)
             mean_p = sums / count
@@ -426,7 +387,7 @@ def forward(
         for rows in chunks if wants_gradient or not stats else []:
             logits = buffer[: rows.stop - rows.start]
             if not logits_are_there:
-                _write_logits(x[rows], head, logits)
+                write_logits(x[rows], head, logits)
             part = _ops.cross_entropy_rows_(
                 logits, V, target[rows], count if wants_gradient else None, log_marginal, *terms, softcap
             )

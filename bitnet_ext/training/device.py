@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bitnet_ext import build_info
+from bitnet_ext._load import built_for
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
@@ -12,7 +13,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
     Raises:
         ValueError: when a GPU is asked for and there is none, it is too old (compute capability below 8.0),
-            or the package was built without CUDA kernels.
+            or the package was built without CUDA kernels, or without those for this GPU.
     """
     if isinstance(name, torch.device):
         name = str(name)
@@ -41,6 +42,13 @@ def _cuda_problem(name: str) -> str | None:
             f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}, "
             "the kernels need 8.0 or newer"
         )
-    if not build_info()["cuda_kernels"]:
-        return "bitnet_ext was built without CUDA kernels (no nvcc was found); install it again with nvcc on PATH"
+    info = build_info()
+    if not info["cuda_kernels"]:
+        return f"{info['cuda_reason']}; install it again where nvcc and a torch with CUDA are found"
+    if not built_for(capability):
+        return (
+            f"bitnet_ext was built for {', '.join(info['cuda_archs'])}, not for the "
+            f"{capability[0]}.{capability[1]} of {torch.cuda.get_device_name(index)}; install it again on this "
+            "machine, or with BITNET_EXT_CUDA_ARCHS=all"
+        )
     return None

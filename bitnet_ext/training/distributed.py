@@ -63,17 +63,17 @@ def in_main_process(world: World, act: Callable[[], None]) -> None:
     """Calls `act` in the main process. Every process returns, or raises, once it has ended.
 
     Raises:
-        OSError: of `act`; in the other processes one with the same message.
+        Exception: of `act`; in the other processes an OSError with the same message.
     """
     if world.size == 1:
         act()
         return
-    error: OSError | None = None
+    error: Exception | None = None
     message: list[str | None] = [None]
     if world.is_main:
         try:
             act()
-        except OSError as problem:
+        except Exception as problem:  # the others must not wait for ever
             error, message = problem, [str(problem)]
     dist.broadcast_object_list(message, src=0)
     if error is not None:

@@ -38,7 +38,7 @@ class MetricsLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ImportError(
-                    "TrainConfig: tensorboard=True needs `pip install 'bitnet_ext[tensorboard]'`"
+                    "TrainConfig: tensorboard=True needs the package tensorboard: pip install tensorboard"
                 ) from error
             self._writer = SummaryWriter(str(tensorboard_dir))
 

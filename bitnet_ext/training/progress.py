@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 #: Seconds between two plain lines at least. In a long run a line comes after each 20th of the time so far.
 LINE_SECONDS = 10.0
 
-_BAR = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"
+_BAR = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
-#: Columns of a terminal from which the bar shows tokens per second too.
+#: Columns of a terminal from which the bar shows speeds too.
 _WIDE = 90
 
 
@@ -65,12 +65,11 @@ class Progress(Callback):
         self._record = record
         step = int(record["step"])
         if self._bar is not None:
-            # The loss stands first: tqdm cuts a line that is too long at its end.
-            self._bar.set_description_str(f"loss {record['loss']:.3f}{self._heldout} ", refresh=False)
+            self._describe()
             rate = self._bar.format_dict["rate"]
             if rate and (self._bar.ncols or 0) >= _WIDE:
                 tokens = amount(rate * trainer.config.tokens_per_step)
-                self._bar.set_postfix_str(f"{tokens} tokens/s", refresh=False)
+                self._bar.set_postfix_str(f"{rate:.3g} steps/s, {tokens} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
@@ -85,6 +84,7 @@ class Progress(Callback):
             return
         if self._bar is not None:
             self._heldout = f", held-out {heldout:.3f}"
+            self._describe()
         line = f"step {results['step']}/{trainer.config.steps}: held-out loss {heldout:.4f}"
         if results.get("heldout_perplexity") is not None:
             line += f", perplexity {results['heldout_perplexity']:.4g}"
@@ -105,6 +105,10 @@ class Progress(Callback):
             tokens = amount(rate * trainer.config.tokens_per_step)
             loss = f", loss {self._record['loss']:.3f}" if self._record else ""
             self._print(f"{steps} steps in {duration(seconds)}: {rate:.3g} steps/s, {tokens} tokens/s{loss}")
+
+    def _describe(self) -> None:
+        # The loss stands first: tqdm cuts a line that is too long at its end.
+        self._bar.set_description_str(f"loss {self._record['loss']:.3f}{self._heldout} ", refresh=False)
 
     def _line(self, trainer: Trainer, record: dict[str, Any]) -> str:
         step, total = int(record["step"]), trainer.config.steps
@@ -143,36 +147,23 @@ def header(trainer: Trainer) -> list[str]:
     if trainer.step:
         lines.append(f"resumed   after step {trainer.step:,}")
     if trainer.run_dir is not None:
-        lines.append(f"output    {trainer.run_dir} ({_disk(trainer)})")
+        lines += [f"output    {trainer.run_dir}", f"disk      {_disk(trainer)}"]
     return lines
 
 
 def _disk(trainer: Trainer) -> str:
-    """Disk space of the checkpoints. A new one is complete before the one before it goes."""
+    """Disk space that the run needs. A new checkpoint is complete before the one before it goes."""
     config = trainer.config
     weights = sum(p.numel() * p.element_size() for p in trainer.model.state_dict().values())
-    moments = sum(p.numel() * p.element_size() for p in trainer.optimizer.state().values())
-    full = f"{amount(weights + moments, 'B')} each, twice that while one is written"
-    between = config.checkpoint_interval is not None or (
-        config.checkpoint_seconds is not None and trainer.world.size == 1
-    )
-    if between:
-        when = [] if config.checkpoint_interval is None else [f"{config.checkpoint_interval:,} steps"]
-        if config.checkpoint_seconds is not None and trainer.world.size == 1:
-            when.append(f"{config.checkpoint_seconds:g} s")
-        words = f"a checkpoint every {' or '.join(when)}: {full}"
-        return (
-            words if config.final_checkpoint == "full" else f"{words}; at the end {_final(config, weights)}"
-        )
-    return f"at the end {_final(config, weights, weights + moments)}"
-
-
-def _final(config: Any, weights: int, full: int = 0) -> str:
-    if config.final_checkpoint == "none":
-        return "no checkpoint"
-    if config.final_checkpoint == "model":
-        return f"the weights: {amount(weights, 'B')}"
-    return f"a checkpoint: {amount(full, 'B')}"
+    full = weights + sum(p.numel() * p.element_size() for p in trainer.optimizer.state().values())
+    last = {"none": 0, "model": weights, "full": full}[config.final_checkpoint]
+    times = [] if config.checkpoint_interval is None else [f"{config.checkpoint_interval:,} steps"]
+    if config.checkpoint_seconds is not None and trainer.world.size == 1:
+        times.append(f"{config.checkpoint_seconds:g} s")
+    at_end = f"{amount(last, 'B')} at the end" if last else "nothing at the end"
+    if not times:
+        return f"{at_end}, no checkpoint before"
+    return f"{amount(2 * full, 'B')} with a checkpoint every {' or '.join(times)}, {at_end}"
 
 
 def device_words(device: torch.device) -> str:

@@ -59,9 +59,16 @@ class RunLock:
             OSError: the folder cannot be written.
         """
         self._made_folder = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while not self._try_to_lock():
-            pass
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while not self._try_to_lock():
+                pass
+        except RunInUseError:
+            raise
+        except OSError as error:
+            raise OSError(
+                f"{self.folder} cannot be the folder of a run: {error.strerror} ({self.path})"
+            ) from error
 
     def release(self) -> None:
         """Gives the lock back; the file goes, and so does a folder that :meth:`acquire` made and nobody filled."""

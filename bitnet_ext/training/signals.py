@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: a request to stop after the steps under way."""
+"""Ctrl-C, SIGTERM and SIGHUP during training: a request to stop after the steps under way."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Protocol
 
+#: Windows has no SIGHUP.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class Stoppable(Protocol):
     """What can be asked to end, such as a Trainer."""
@@ -18,9 +21,11 @@ class Stoppable(Protocol):
 
 @contextlib.contextmanager
 def stop_on_signals(target: Stoppable) -> Iterator[None]:
-    """Within it the first Ctrl-C or SIGTERM calls target.request_stop(); a second one acts at once.
+    """Within it the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal) calls target.request_stop(); a second one acts
+    at once.
 
-    Outside the main thread, where Python has no signal handlers, it does nothing.
+    Outside the main thread, where Python has no signal handlers, it does nothing; nor does it for a signal that the
+    process ignores or that a handler outside Python takes.
     """
     previous: dict[signal.Signals, Any] = {}
 
@@ -34,8 +39,9 @@ def stop_on_signals(target: Stoppable) -> Iterator[None]:
         restore()
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                previous[number] = signal.signal(number, handle)
     try:
         yield
     finally:

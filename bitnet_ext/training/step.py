@@ -5,14 +5,17 @@ rate, weight decay, bias corrections) and written there (losses, gradient norm),
 eagerly on a CPU and replays as a graph on a GPU without a word from the host. Where the parts of a step can
 run beside each other (overlap.py), a graph holds several steps.
 
-Ternary weights are quantised once a step, by the optimiser's own pass over them; the forward of every
-micro-batch, and of evaluations in between, uses these codes.
+Ternary weights are quantised once per step, by the optimiser's own pass over them. The forward of every micro-batch
+uses these codes. Between two launches anyone may change weights in any way, so each launch quantises all of them
+again first: 2 reads of the weights per launch, of up to 64 steps on a GPU and of one step on a CPU. Where a captured
+graph would read memory that a parameter no longer has, the step is captured again. Where modules have hooks, which
+may write weights within a step, every forward quantises.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import numpy as np
@@ -22,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bitnet_ext import ops
-from bitnet_ext._capture import SIDE_PRIORITY, STEP_PRIORITY, capture, capture_stream
+from bitnet_ext._capture import SIDE_PRIORITY, STEP_PRIORITY, capture, capture_stream, places_of
 from bitnet_ext.models import BitNetForCausalLM
-from bitnet_ext.nn import WeightCache, resident_weights, set_backward, weight_caches
+from bitnet_ext.nn import FrozenWeights, WeightCache, frozen_weights, resident_weights, set_backward
 from bitnet_ext.ops import QuantizedWeight
 from bitnet_ext.training.adam import FusedAdam
 from bitnet_ext.training.config import TrainConfig
@@ -91,7 +94,7 @@ class TrainStep:
         self.world = world
         self._model = model
         set_backward(model, cast(ops.Backward, config.backward))
-        self._objective = loss = LanguageModelLoss(model, config, loss_fn)
+        self._language_model_loss = loss = LanguageModelLoss(model, config, loss_fn)
         self._loss: nn.Module = DistributedDataParallel(loss) if world.size > 1 else loss
         self._width = len(RECORD) if loss_fn is None else MAX_PARTS + 2
         self._allocate(BLOCK_STEPS if device.type == "cuda" else 1)
@@ -99,12 +102,17 @@ class TrainStep:
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._number = self._step  # int64 [1], of the step that is being made or captured
+        # Of the weights that the optimiser updates, and of those that it leaves as they are.
         self._kept: list[tuple[WeightCache, list[Tensor], QuantizedWeight]] = []
-        self._resident: dict[WeightCache, QuantizedWeight] = {}
-        self._looked_for_caches = False
+        self._fixed: list[tuple[WeightCache, list[Tensor], QuantizedWeight]] = []
+        self._resident: dict[WeightCache, QuantizedWeight] | None = None  # None before the first forward
+        self._owners = self._find_owners()
+        self._hookable = list(model.modules())
+        self._has_hooks = False
         self._embedding = model.embed_tokens if self._takes_rows(model) else None
         self._launched = (0, 0)  # step before the launched ones, and how many they are
         self._graphs: list[tuple[int, torch.cuda.CUDAGraph]] = []  # and their steps, the most first
+        self._places: list[object] = []  # that the graphs read and write
         self._wants_graph = config.cuda_graph and device.type == "cuda" and world.size == 1
         self._overlap: Overlap | None = None
 
@@ -131,7 +139,7 @@ class TrainStep:
         (:func:`bitnet_ext.ops.sum_rows`) is cheaper than the zeros.
         """
         tokens = self.config.tokens_per_step
-        if self._objective.loss_fn is not None:
+        if self._language_model_loss.loss_fn is not None:
             return False  # which may read the embedding in another way too
         few = self.device.type == "cpu" or tokens <= min(MAX_ROW_TOKENS, model.config.vocab_size)
         alone = self.world.size == 1 and model.lm_head is not None
@@ -140,7 +148,7 @@ class TrainStep:
     @property
     def names(self) -> tuple[str, ...]:
         """Columns of a record; those of a loss of one's own are known after the first step."""
-        return ("loss", *self._objective.parts, "grad_norm")
+        return ("loss", *self._language_model_loss.parts, "grad_norm")
 
     def run(self, start: int, rows: NDArray[np.int64]) -> Tensor:
         """Runs the steps start + 1 .. start + n for rows [n, local batch, seq_len + 1], n <= block_steps.
@@ -162,9 +170,10 @@ class TrainStep:
         (:func:`bitnet_ext.training.streams_side_by_side`) before the first one is finished.
         """
         count = rows.shape[0]
+        self._check_parameters()
         if self._wants_graph and not self._graphs:
             self._capture()
-        self._check_codes()
+        self._refresh_codes()
         host_rows = torch.from_numpy(rows)
         self._host_rows[:count, 0].copy_(host_rows[..., :-1])
         self._host_rows[:count, 1].copy_(host_rows[..., 1:])
@@ -180,8 +189,6 @@ class TrainStep:
             self._make(1)
         if self._graphs:
             self.optimizer.mark_changed()  # a replay does not count
-        for cache, group, codes in self._kept:
-            cache.put(group, codes)
         self._host_record[:count].copy_(mean_over_ranks(self._record[:count], self.world), non_blocking=True)
         if self._recorded is not None:
             self._recorded.record(torch.cuda.current_stream(self.device))
@@ -211,24 +218,86 @@ class TrainStep:
         finally:
             self._embedding.sparse = before
 
-    def _keep_codes(self) -> None:
-        """Has the optimiser keep the codes of every weight up to date that the model's caches hold by now."""
+    def _keep_codes(self, first_step: FrozenWeights) -> None:
+        """Keeps the codes of the first step's weights: from now on the optimiser quantises those that it updates."""
         own = {id(p) for p in self.optimizer.named.values()}
-        for cache in weight_caches(self._loss):
-            group = cache.weights
-            if group is not None and own.issuperset(map(id, group)):
-                own.difference_update(map(id, group))  # a weight of two caches is kept for the first
-                self._kept.append((cache, group, cache.get(group)))
+        fixed = {id(p) for p in self._loss.parameters()} - own
+        for cache, group, codes in first_step.made():
+            members = set(map(id, group))
+            if members <= own:
+                own -= members  # a weight of two caches is kept for the first
+                self._kept.append((cache, group, codes))
+            elif members <= fixed:
+                self._fixed.append((cache, group, codes))
         self.optimizer.keep_codes([group for _, group, _ in self._kept], [codes for *_, codes in self._kept])
-        self._resident = {cache: codes for cache, _, codes in self._kept}
+        self._resident = {cache: codes for cache, _, codes in [*self._kept, *self._fixed]}
 
-    def _check_codes(self) -> None:
-        """Quantises again when anyone but the optimiser has changed a weight since the last call."""
-        if all(cache.holds(group, codes) for cache, group, codes in self._kept):
-            return
+    def _forget_codes(self) -> None:
+        self._kept, self._fixed, self._resident = [], [], None
+        self.optimizer.keep_codes([], [])
+
+    def _refresh_codes(self) -> None:
+        """Quantises all weights as they are: anyone may have changed them since the last launch."""
         self.optimizer.refresh_codes()
-        for cache, group, codes in self._kept:
-            cache.put(group, codes)
+        if self._fixed:
+            groups = [group for _, group, _ in self._fixed]
+            ops.quantize_weight_groups_(groups, [codes for *_, codes in self._fixed])
+
+    def _find_owners(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """Every parameter of the model with the module and the attribute that hold it."""
+        return [
+            (module, name, p)
+            for module in self._model.modules()
+            for name, p in module._parameters.items()
+            if p is not None
+        ]
+
+    def _check_parameters(self) -> None:
+        """Begins anew where the model's parameters are other objects, or elsewhere, than the step has seen them.
+
+        Raises:
+            RuntimeError: when the optimiser cannot update them any more.
+        """
+        for name, p in self.optimizer.named.items():
+            if p.dtype != torch.float32 or p.device.type != self.device.type:
+                raise RuntimeError(
+                    f"TrainStep: parameter {name} must stay float32 on {self.device.type}, where the optimizer's "
+                    f"moments are; got {p.dtype} on {p.device}"
+                )
+        self._has_hooks = self._looks_hooked()
+        moved = self._graphs and self._places != self._places_of_graphs()
+        replaced = any(module._parameters.get(name) is not p for module, name, p in self._owners)
+        if not moved and not replaced:
+            return
+        present = set(map(id, self._model.parameters()))
+        for name, p in self.optimizer.named.items():
+            if id(p) not in present:
+                raise RuntimeError(
+                    f"TrainStep: parameter {name} of the model is another object than the optimizer's; "
+                    "make optimizer and TrainStep after the model is complete, and change parameters in place"
+                )
+        self._owners = self._find_owners()
+        self._hookable = list(self._model.modules())
+        self._forget_codes()
+        self._graphs, self._places, self._overlap = [], [], None
+        self._language_model_loss.before_head = None
+
+    def _places_of_graphs(self) -> list[object]:
+        """Where everything lies that the graphs read or write and that somebody else could put elsewhere."""
+        model = self._model
+        tensors = [*model.parameters(), *model.buffers(), *self.optimizer.state().values()]
+        return [self._has_hooks, *places_of(tensors)]
+
+    def _looks_hooked(self) -> bool:
+        """Whether code of somebody else runs between the forwards of a step."""
+        modules = self._hookable
+        hooked = any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+        if hooked or self.config.accumulation == 1:
+            return hooked
+        # What runs in a backward can change the weights of the next micro-batch.
+        return any(m._backward_pre_hooks or m._backward_hooks for m in modules) or any(
+            p._backward_hooks or p._post_accumulate_grad_hooks for p in self.optimizer.named.values()
+        )
 
     def _make(self, count: int) -> None:
         """Makes `count` steps, of which all but the last may leave work to the step that follows."""
@@ -258,6 +327,17 @@ class TrainStep:
 
     def _gradients(self, rows: Tensor) -> list[Tensor]:
         """Forward and backward of rows int64 [2, B, seq_len]; the step's record but for the gradient norm."""
+        if self._has_hooks:  # they may write weights within the step, so every forward quantises
+            return self._backward(rows, {})
+        if self._resident is not None:
+            return self._backward(rows, self._resident)
+        with frozen_weights(self._loss) as first_step:
+            values = self._backward(rows, {})
+        self._keep_codes(first_step)
+        return values
+
+    def _backward(self, rows: Tensor, resident: Mapping[WeightCache, QuantizedWeight]) -> list[Tensor]:
+        """The micro-batches of :meth:`_gradients`, and the mean of their values."""
         accumulation = self.config.accumulation
         sums: Tensor | None = None
         for index, micro_rows in enumerate(rows.chunk(accumulation, 1)):
@@ -266,7 +346,7 @@ class TrainStep:
             with (
                 contextlib.nullcontext() if together else self._loss.no_sync(),  # type: ignore[operator]
                 contextlib.nullcontext() if self._overlap is None else self._overlap.gradients_apart(),
-                resident_weights(self._resident),
+                resident_weights(resident),
                 self._row_gradient(),
             ):
                 loss, *parts = self._loss(micro_rows[0], micro_rows[1])
@@ -275,9 +355,6 @@ class TrainStep:
             if accumulation > 1:
                 share = torch.stack(values) / accumulation
                 sums = share if sums is None else sums + share
-        if not self._looked_for_caches:  # after the first forward they hold something
-            self._looked_for_caches = True
-            self._keep_codes()
         return values if sums is None else list(sums.unbind())
 
     def _start_overlap(self, stream: torch.cuda.Stream | None) -> None:
@@ -290,7 +367,7 @@ class TrainStep:
             return
         if head.weight.requires_grad and embedding.weight.requires_grad:
             self._overlap = Overlap(optimizer, head.weight, embedding.weight, stream)
-            self._objective.before_head = self._overlap.before_head
+            self._language_model_loss.before_head = self._overlap.before_head
 
     def _capture(self) -> None:
         """Captures :meth:`_make`, after a warm-up that changes neither parameters nor moments.
@@ -323,3 +400,4 @@ class TrainStep:
                 self._make(steps)
             pool = graph.pool()
             self._graphs.append((steps, graph))
+        self._places = self._places_of_graphs()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitnet_ext._threads import warn_of_spinning
 from bitnet_ext.data.sampling import Order, RowSampler
 from bitnet_ext.metrics.perplexity import Decoder
 from bitnet_ext.models import BitNetForCausalLM
@@ -33,7 +34,7 @@ from bitnet_ext.training.checkpoint import (
 from bitnet_ext.training.config import TrainConfig
 from bitnet_ext.training.device import resolve_device
 from bitnet_ext.training.distributed import join_world, wait_for_all
-from bitnet_ext.training.heldout import HeldOutLoss
+from bitnet_ext.training.heldout import HeldOutLoss, heldout_text
 from bitnet_ext.training.metrics_log import MetricsLog
 from bitnet_ext.training.objective import PARTS, LossFunction
 from bitnet_ext.training.optimizer import Optimizer
@@ -78,7 +79,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the step in progress was finished and a checkpoint written."""
+    """Ctrl-C, SIGTERM or SIGHUP: the step in progress was finished and a checkpoint written."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ class Trainer:
         evaluator: called at `eval_steps` and every config.eval_interval steps; without one, an eval_interval asks for
             loss, perplexity and (with a tokenizer) bits per byte of `heldout`.
         eval_steps: steps, counted from 1.
-        heldout: held-out ids [n] for an eval_interval.
-        tokenizer: of the ids, with a method ``decode``; for bits per byte.
+        heldout, tokenizer: held-out ids [n] for an eval_interval, in the forms of `tokens`, and what decodes them, for
+            bits per byte; default those of a Corpus given as `tokens`.
         callbacks: hooks, see :class:`bitnet_ext.training.Callback`.
         loss_fn: ``loss_fn(model, ids, targets)`` of ids and targets int64 [B, seq_len] computes the loss, or a pair of
             it and a dict of named parts for metrics.jsonl, instead of the objective of `config`. The gradients, the
@@ -163,7 +164,7 @@ class Trainer:
         init_from: Path | str | Checkpoint | None = None,
         reset_moments: bool = False,
         snapshot_steps: Iterable[int] = (),
-        heldout: NDArray[Any] | None = None,
+        heldout: TokenSource | None = None,
         tokenizer: Decoder | None = None,
         callbacks: Sequence[Callback] = (),
         loss_fn: LossFunction | None = None,
@@ -200,16 +201,12 @@ class Trainer:
         )
         self.run_dir = None if run_dir is None else Path(run_dir)
         if config.eval_interval is not None:
-            eval_steps = {
-                *eval_steps,
-                *range(config.eval_interval, config.steps, config.eval_interval),
-                config.steps,
-            }
-            if evaluator is None and heldout is None:
-                raise ValueError("Trainer: eval_interval needs heldout (held-out ids) or an evaluator")
-            if evaluator is None and heldout is not None:
-                check_vocabulary(heldout, model.config.vocab_size)
-                evaluator = HeldOutLoss(heldout, config, tokenizer)
+            interval_steps = range(config.eval_interval, config.steps, config.eval_interval)
+            eval_steps = {*eval_steps, *interval_steps, config.steps}
+            if evaluator is None:
+                ids, decoder = heldout_text(tokens, heldout, tokenizer)
+                check_vocabulary(ids, model.config.vocab_size)
+                evaluator = HeldOutLoss(ids, config, decoder)
         self.evaluator = evaluator
         self.eval_steps = sorted({int(s) for s in eval_steps if 1 <= s <= config.steps}) if evaluator else []
         self.callbacks = list(callbacks)
@@ -261,7 +258,7 @@ class Trainer:
 
         Raises:
             TrainingDivergedError: NaN or Inf in loss or gradient.
-            TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
+            TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
             FileExistsError: run_dir holds a run and resume is False.
             RunInUseError: another process trains into run_dir (an OSError).
             ValueError: on resume settings, model, text or tokenizer differ from the run's, or a checkpoint is damaged.
@@ -292,6 +289,8 @@ class Trainer:
     def _advance(
         self, resume: bool, on_progress: Callable[[int, dict[str, Any]], None] | None
     ) -> Iterator[None]:
+        if self.device.type == "cpu":
+            warn_of_spinning(torch.get_num_threads())
         keep_bytes = self._restore() if resume else self._refuse_existing()
         wait_for_all(self.world)  # everyone has looked before the first process writes
         if self.run_dir is not None and self.world.is_main:
@@ -329,6 +328,7 @@ class Trainer:
                 self._checkpoint_if_due()
                 if self._stop_requested:
                     self._save(full=True)
+                    self._stop_requested = False  # it is done: another fit goes on
                     raise TrainingInterrupted(f"stopped after step {self.step}; the run can be resumed")
             if self.config.final_checkpoint != "none" and self.step > first_step:
                 self._save(full=self.config.final_checkpoint == "full")
@@ -587,7 +587,7 @@ def _warn_of_warmup(config: TrainConfig) -> None:
     if config.warmup_steps is not None and 0 < config.steps <= config.warmup_steps:
         warnings.warn(
             f"the learning rate never reaches its peak: warmup_steps is {config.warmup_steps}, "
-            f"the run has {config.steps} steps (warmup_steps=None takes a tenth)",
+            f"the run has {config.steps} steps (the default is a tenth of them)",
             stacklevel=3,
         )
 

@@ -63,6 +63,16 @@ struct CrossEntropyRows {
   int64_t* argmax;
 };
 
+// Outputs of predicted_rows for a run of rows.
+struct PredictedRows {
+  double* cross_entropy;
+  double* entropy;
+  double* top_log_probability;
+  float* logit_std;
+  int64_t* argmax;
+  float* mass;  // [V]: the sum of the distributions of rows whose target is not negative
+};
+
 struct Kernels {
   const char* name;
 
@@ -160,6 +170,13 @@ struct Kernels {
                            int64_t V,
                            int64_t stride,
                            float* sums);
+  // exp(z_j - max) is left in place of the logits.
+  void (*predicted_rows)(float* logits,
+                         const int64_t* target,
+                         int64_t rows,
+                         int64_t V,
+                         int64_t stride,
+                         const PredictedRows& out);
 };
 
 const Kernels& scalar_kernels();

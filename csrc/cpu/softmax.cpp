@@ -215,6 +215,53 @@ Tensor probability_sums(
   return sums;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> predicted_rows_(const Tensor& logits,
+                                                                           int64_t V,
+                                                                           const Tensor& target) {
+  const char* op = "predicted_rows_";
+  constexpr int64_t kSlice = 32;  // rows of one fp32 sum
+  check_logits(op, logits, V);
+  const int64_t T = logits.size(0), stride = logits.size(1);
+  const int64_t* targets = check_target(op, target, T, V);
+  const int64_t slices = (T + kSlice - 1) / kSlice;
+  Tensor cross_entropy = new_tensor({T}, ScalarType::Double);
+  Tensor entropy = new_tensor({T}, ScalarType::Double);
+  Tensor top_log_probability = new_tensor({T}, ScalarType::Double);
+  Tensor logit_std = new_tensor({T}, ScalarType::Float);
+  Tensor argmax = new_tensor({T}, ScalarType::Long);
+  Tensor mass = new_tensor({V}, ScalarType::Double);
+  Tensor parts = new_tensor({slices, V}, ScalarType::Float);
+  const PredictedRows out = {static_cast<double*>(cross_entropy.mutable_data_ptr()),
+                             static_cast<double*>(entropy.mutable_data_ptr()),
+                             static_cast<double*>(top_log_probability.mutable_data_ptr()),
+                             static_cast<float*>(logit_std.mutable_data_ptr()),
+                             static_cast<int64_t*>(argmax.mutable_data_ptr()),
+                             static_cast<float*>(parts.mutable_data_ptr())};
+  const Kernels& table = kernels();
+  auto* z = static_cast<float*>(logits.mutable_data_ptr());
+  parallel_for(0, slices, grain_for(4 * V * kSlice), [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t first = s * kSlice, rows = std::min(kSlice, T - first);
+      const PredictedRows part = {out.cross_entropy + first,
+                                  out.entropy + first,
+                                  out.top_log_probability + first,
+                                  out.logit_std + first,
+                                  out.argmax + first,
+                                  out.mass + s * V};
+      table.predicted_rows(z + first * stride, targets + first, rows, V, stride, part);
+    }
+  });
+  auto* sums = static_cast<double*>(mass.mutable_data_ptr());
+  parallel_for(0, V, grain_for(4 * slices), [&](int64_t begin, int64_t end) {
+    std::fill(sums + begin, sums + end, 0.0);
+    for (int64_t s = 0; s < slices; ++s) {
+      const float* part = out.mass + s * V;
+      for (int64_t j = begin; j < end; ++j) sums[j] += static_cast<double>(part[j]);
+    }
+  });
+  return {cross_entropy, entropy, top_log_probability, logit_std, argmax, mass};
+}
+
 void prefer_huge_pages(const Tensor& tensor) {
 #if defined(__linux__)
   // Inwards to whole pages of 4 kB, which every system accepts; the kernel itself finds the large ones
@@ -236,6 +283,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitnet_ext, CPU, m) {
   m.impl("cross_entropy_rows_", TORCH_BOX(&cross_entropy_rows_));
   m.impl("cross_entropy_mean", TORCH_BOX(&cross_entropy_mean));
   m.impl("probability_sums", TORCH_BOX(&probability_sums));
+  m.impl("predicted_rows_", TORCH_BOX(&predicted_rows_));
   m.impl("_prefer_huge_pages", TORCH_BOX(&prefer_huge_pages));
 }
 

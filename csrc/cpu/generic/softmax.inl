@@ -216,3 +216,53 @@ void probability_sums(const float* logits,
     }
   }
 }
+
+// Three passes over a row while it is in the cache: its largest logit and mean; the sums of exp, of exp times
+// the shifted logit and of the squared distances from the mean, with exp left in the row; its share of the
+// mass.
+void predicted_rows(
+    float* logits, const int64_t* target, int64_t rows, int64_t V, int64_t stride, const PredictedRows& out) {
+  const VecF none = splat(0.0f);
+  for (int64_t j = 0; j < V; ++j) out.mass[j] = 0.0f;
+  for (int64_t t = 0; t < rows; ++t) {
+    float* row = logits + t * stride;
+    const RowTop top = row_top(row, V, 0.0f);
+    const float mean_logit = static_cast<float>(top.total / static_cast<double>(V));
+    const VecF base = splat(top.value), mean = splat(mean_logit);
+    const float target_logit = target[t] < 0 ? 0.0f : row[target[t]];
+    VecD exps = zero_double(), shifted = zero_double(), squares = zero_double();
+    for (int64_t start = 0; start < V; start += kSoftmaxBlock) {
+      const int64_t end = start + kSoftmaxBlock < V ? start + kSoftmaxBlock : V;
+      VecF sum = none, sum_shifted = none, sum_squares = none;
+      for (int64_t j = start; j < end; j += 16) {
+        const int64_t left = end - j;
+        // Behind the row -inf adds nothing to the sums of exp, and the mean nothing to that of the squares.
+        const VecF z = left >= 16 ? load(row + j) : load_tail(row + j, left, minus_infinity(row));
+        const VecF shift = z - base;
+        const VecF e = exponential(shift);
+        const VecF centred = (left >= 16 ? z : load_tail(row + j, left, mean_logit)) - mean;
+        sum = sum + e;
+        sum_shifted = sum_shifted + e * select(greater(e, none), shift, none);
+        sum_squares = sum_squares + centred * centred;
+        store_some(row + j, e, left);
+      }
+      exps = add(exps, sum);
+      shifted = add(shifted, sum_shifted);
+      squares = add(squares, sum_squares);
+    }
+    const double exp_sum = reduce_sum(exps);
+    const double log_sum = __builtin_log(exp_sum);
+    const double lse = static_cast<double>(top.value) + log_sum;
+    out.cross_entropy[t] = target[t] < 0 ? 0.0 : lse - static_cast<double>(target_logit);
+    out.entropy[t] = log_sum - reduce_sum(shifted) / exp_sum;
+    out.top_log_probability[t] = -log_sum;
+    out.logit_std[t] = static_cast<float>(__builtin_sqrt(reduce_sum(squares) / static_cast<double>(V)));
+    out.argmax[t] = top.index;
+    if (target[t] < 0) continue;
+    const VecF share = splat(static_cast<float>(1.0 / exp_sum));
+    for (int64_t j = 0; j < V; j += 16) {
+      const int64_t left = V - j;
+      store_some(out.mass + j, load_some(out.mass + j, left) + load_some(row + j, left) * share, left);
+    }
+  }
+}

@@ -142,6 +142,7 @@ constexpr Kernels kTable = {
     },
     cross_entropy_rows,
     probability_sums,
+    predicted_rows,
 };
 
 }  // namespace

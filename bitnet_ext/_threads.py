@@ -1,0 +1,70 @@
+"""How long idle threads of PyTorch's pool spin before they sleep. Imported before torch; imports nothing but Python.
+
+A thread that has done its share of an operator spins, ready for the next one. GNU OpenMP, which comes with PyTorch's
+wheels for Linux, lets it spin for milliseconds: as long as another program's time slice. Beside other programs the
+spinning thread holds the core that the thread it waits for needs, and training falls to a quarter of its speed. With
+the bound below a thread sleeps after 0.1 to 0.5 ms, which is longer than the gaps between the operators of a step and
+shorter than a time slice.
+
+Fewer threads would help as well, but their number changes how PyTorch's products are summed up: the same run would
+give other bits on a busy machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Container, MutableMapping
+
+#: Turns of GNU OpenMP's waiting loop (its default is 300,000) and milliseconds of LLVM's and Intel's (200).
+SPIN_TURNS = 10_000
+BLOCK_MILLISECONDS = 1
+#: Variables with which a user has chosen how threads wait.
+CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+
+_came_too_late = False
+
+
+def bound_spinning(
+    environment: MutableMapping[str, str] = os.environ, loaded: Container[str] = sys.modules
+) -> bool:
+    """Sets the bound, for this process and those that it starts, unless the user has chosen or it is too late.
+
+    Args:
+        environment: changed.
+        loaded: names of loaded modules: the OpenMP library reads the variables once, when torch loads it.
+
+    Returns:
+        Whether it is set.
+    """
+    global _came_too_late
+    if any(name in environment for name in CHOSEN):
+        return False
+    if "torch" in loaded:
+        _came_too_late = True
+        return False
+    environment["GOMP_SPINCOUNT"] = str(SPIN_TURNS)
+    environment["KMP_BLOCKTIME"] = str(BLOCK_MILLISECONDS)
+    return True
+
+
+def warn_of_spinning(threads: int) -> None:
+    """Warns, once a process, where threads spin without a bound beside programs that need the cores.
+
+    Args:
+        threads: of PyTorch's pool.
+    """
+    global _came_too_late
+    if not _came_too_late or threads < 2 or not sys.platform.startswith("linux"):
+        return
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load < cores / 2:
+        return
+    _came_too_late = False
+    warnings.warn(
+        f"the cores are busy (load average {load:.1f}, {cores} cores), and torch was imported before bitnet_ext, so "
+        "that idle threads spin and slow training down several times: import bitnet_ext before torch, or set "
+        f"GOMP_SPINCOUNT={SPIN_TURNS} before Python starts",
+        stacklevel=3,
+    )
