@@ -13,8 +13,9 @@ frozen    the micro-batches of a step within nn.frozen_weights, which quantises 
 vouched   the codes are never made again: the lower bound, which in a loop trains with old codes
 codes     all weights of the model quantised once, by itself
 
-The losses of rule and frozen, and of the two kinds of TrainStep, must be the same bits. Variants are timed in turns;
-ratios are medians over the rounds.
+The losses of rule and frozen, and of the two kinds of TrainStep, must be the same bits. bitnet-700m is trained in
+bfloat16 on a GPU, where PyTorch adds up the embedding's gradient by atomics: there only the first loss must be the same
+bits, and later ones the same within 0.1 %. Variants are timed in turns; ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ SMALL, LARGE = (4, 32), (8, 2048)
 #: Steps for which learning rates exist.
 SCHEDULED_STEPS = 50_000
 #: Steps before anything is timed, whose losses are compared.
+REORDERED = 1e-3  # of losses after an update whose gradients were added up in another order
 COMPARED_STEPS = 2
 #: Vocabulary of the model of two processes, so that its output head does not hide the ternary layers.
 SHARDED_VOCABULARY = 4096
@@ -140,10 +142,13 @@ class Loop:
         return [float(loss) for loss in losses]
 
 
-def compare(name: str, first: Callable[[], list[float]], second: Callable[[], list[float]]) -> None:
+def compare(
+    name: str, first: Callable[[], list[float]], second: Callable[[], list[float]], tolerance: float = 0.0
+) -> None:
     for step in range(COMPARED_STEPS):
         a, b = first(), second()
-        if a != b:
+        near = all(abs(x - y) <= tolerance * abs(x) for x, y in zip(a, b, strict=True))
+        if not near or (step == 0 and a[0] != b[0]):
             raise WrongResultError(f"{name}: the losses of step {step + 1} differ: {a} and {b}")
 
 
@@ -169,7 +174,7 @@ def measure_step(name: str, device: torch.device, steps: int, **options: Any) ->
         RULE: Launches(TrainStep, name, device, steps),
         VOUCHED: Launches(Trusting, name, device, steps),
     }
-    compare(title, *variants.values())
+    compare(title, *variants.values(), tolerance=REORDERED if is_large(name) else 0.0)
     calls: dict[str, list[Any]] = {variant: [call] for variant, call in variants.items()}
     calls[CODES] = [variants[RULE].step.optimizer.refresh_codes]
     return row(title, time_interleaved(calls, device, graph=False, **options), steps)
@@ -183,7 +188,7 @@ def measure_loop(name: str, device: torch.device, micro: int, **options: Any) ->
             model = BitNetForCausalLM(preset(name), seed=0)
         shape = LARGE if is_large(name) else SMALL
         variants[variant] = Loop(model, device, shape, micro, variant, bf16=is_large(name))
-    compare(title, variants[RULE], variants[FROZEN])
+    compare(title, variants[RULE], variants[FROZEN], REORDERED if is_large(name) else 0.0)
     calls: dict[str, list[Any]] = {variant: [call] for variant, call in variants.items()}
     calls[CODES] = [variants[RULE].quantize]
     return row(title, time_interleaved(calls, device, graph=False, **options))

@@ -1,7 +1,7 @@
 """Train, understand and run ternary (BitNet b1.58) language models in PyTorch.
 
-Layers, each importing only from those after it: ``collapse`` (experiments), ``training`` and
-``inference``, ``models``, ``metrics`` and ``data``, ``nn`` (modules), ``ops`` (functional operators).
+Layers, each importing only from those after it: ``collapse`` (experiments), ``formats`` (models on disk),
+``training`` and ``inference``, ``models``, ``metrics`` and ``data``, ``nn`` (modules), ``ops`` (functional operators).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_ext._differentiation import first_order
 from bitnet_ext.ops.int8_grad import int8_grads
 from bitnet_ext.ops.small_grad import exact_grads_small, prefers_small_grad
 
@@ -296,10 +297,27 @@ def _short_attention_backward(
     return grad_qkv, None, None, None, None
 
 
-#: Of each operator: what it saves, and its backward.
+def once(name: str, anchor: int, backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """`backward` without a derivative of its own: under ``create_graph=True`` its results say so.
+
+    Args:
+        anchor: place in the saved tensors of a float output of the operator.
+    """
+
+    def guarded(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        return first_order(name, results, ctx.saved_tensors[anchor])
+
+    return guarded
+
+
+#: For each operator: what it saves, and its backward.
 FORMULAS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
-    "bit_linear": (_bit_linear_setup, _bit_linear_backward),
-    "glu_bit_linear": (_glu_bit_linear_setup, _glu_bit_linear_backward),
-    "rms_norm": (_rms_norm_setup, _rms_norm_backward),
-    "short_attention": (_short_attention_setup, _short_attention_backward),
+    "bit_linear": (_bit_linear_setup, once("bit_linear", 6, _bit_linear_backward)),
+    "glu_bit_linear": (_glu_bit_linear_setup, once("glu_bit_linear", 3, _glu_bit_linear_backward)),
+    "rms_norm": (_rms_norm_setup, once("rms_norm", 2, _rms_norm_backward)),
+    "short_attention": (_short_attention_setup, once("short_attention", 3, _short_attention_backward)),
 }

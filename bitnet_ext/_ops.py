@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_ext import _autograd
+from bitnet_ext import _autograd, _differentiation, _flops
 from bitnet_ext.ops import loss
 
 
@@ -534,18 +534,23 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-_registered = False
+_library: torch.library.Library | None = None
 
 
 def register() -> None:
-    """Registers the fakes and the autograd formulas, once a process."""
-    global _registered
-    if _registered:
+    """Registers the fakes, the derivatives and the batching rules, once per process."""
+    global _library
+    if _library is not None:
         return
+    _library = torch.library.Library("bitnet_ext", "FRAGMENT")
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"bitnet_ext::{name}", fake)
     torch.library.impl("bitnet_ext::linear_cross_entropy", ("cpu", "cuda"), loss.forward)
+    _differentiation.define_first_order(_library)
     formulas = {**_autograd.FORMULAS, "linear_cross_entropy": (loss.setup, loss.backward)}
-    for name, (setup, backward) in formulas.items():
-        torch.library.register_autograd(f"bitnet_ext::{name}", backward, setup_context=setup)
-    _registered = True
+    prepares = {"linear_cross_entropy": loss.prepare}
+    for name in _FAKES:
+        if not name.endswith("_"):  # those that change an argument
+            setup, backward = formulas.get(name, (None, None))
+            _differentiation.register(_library, name, setup, backward, prepares.get(name))
+    _flops.register_when_imported()

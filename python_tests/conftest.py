@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+
+import bitnet_ext  # noqa: F401 - before torch, whose idle threads then sleep instead of spinning
+
+# isort: split
 import torch
 
 

@@ -51,7 +51,12 @@ def build(form: str = "packed", dtype: torch.dtype = torch.float32, **changes: A
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     model = model.to(dtype)
     if form.startswith("packed"):
-        model = pack_model(model, head="int8" if form == "packed-int8" else "keep")
+        try:
+            model = pack_model(model, head="int8" if form == "packed-int8" else "keep")
+        except ValueError:
+            if not model.config.tie_embeddings:
+                raise
+            pytest.skip("a tied head has no layer of its own")
     return model.eval()
 
 
@@ -71,8 +76,6 @@ FLAVOURS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("flavour", FLAVOURS, ids=str)
 def test_round_trip(form: str, dtype: torch.dtype, flavour: dict[str, bool], tmp_path: Path) -> None:
-    if form == "packed-int8" and flavour["tie_embeddings"]:
-        pytest.skip("a tied head has no layer of its own")
     model = build(form, dtype, **flavour)
     assert save_pretrained(model, tmp_path / "model") == tmp_path / "model"
     loaded = from_pretrained(tmp_path / "model")
@@ -96,6 +99,8 @@ def test_another_dtype_is_that_of_a_cast(form: str, tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "model")
     loaded = from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     cast = copy.deepcopy(model).to(torch.bfloat16)
+    cast.cos, cast.sin = model.cos, model.sin  # not parameters: they stay exact
+    assert loaded.cos.dtype == torch.float32 and torch.equal(loaded.cos, model.cos)
     assert torch.equal(logits(loaded), logits(cast))
     assert {n: v.dtype for n, v in loaded.state_dict().items()} == {
         n: v.dtype for n, v in cast.state_dict().items()
@@ -178,8 +183,12 @@ def test_shared_layers_are_stored_once_and_shared_again(tmp_path: Path) -> None:
         assert not [name for name in stored if name.startswith("layers.2.")]
         loaded = from_pretrained(tmp_path / form)
         assert torch.equal(logits(loaded), logits(model))
-        first, last = (loaded.layers[i].feed_forward.up_proj.weight for i in (0, 2))
-        assert first is last
+        first, last = (loaded.layers[i].feed_forward.up_proj for i in (0, 2))
+        if form == "packed":
+            assert first.packed.data_ptr() == last.packed.data_ptr()
+            assert first.weight_scale is last.weight_scale
+        else:
+            assert first.weight is last.weight
         if form == "training":
             assert "layers.1.attention.q_proj.weight" not in stored
             assert loaded.layers[1].attention.q_proj.weight is loaded.layers[0].attention.q_proj.weight

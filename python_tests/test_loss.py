@@ -202,8 +202,38 @@ def test_only_what_is_asked_for(device: str) -> None:
 def test_there_is_no_second_derivative() -> None:
     hidden, weight, target = problem(7, 41, 8, "cpu")
     hidden.requires_grad_()
+    loss = ops.linear_cross_entropy(hidden, weight, target).loss
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(ops.linear_cross_entropy(hidden, weight, target).loss, hidden, create_graph=True)
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("half_weight", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_loss_scale_protects_float16_gradients(device: str, half_weight: bool, keep: bool) -> None:
+    """The scale reaches the gradients before they are rounded to float16, as in plain PyTorch."""
+    torch.manual_seed(0)
+    T, scale = 32768, 65536.0
+    hidden = torch.randn(T, 64).half().to(device).requires_grad_()
+    weight = (torch.randn(100, 64) * 0.02).to(device)
+    weight = (weight.half() if half_weight else weight).requires_grad_()
+    target = torch.randint(0, 100, (T,)).to(device)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), target).backward()
+
+    def errors(loss: torch.Tensor) -> list[float]:
+        grads = torch.autograd.grad(loss * scale, (hidden, weight), retain_graph=keep)
+        assert [g.dtype for g in grads] == [hidden.dtype, weight.dtype]
+        return [
+            ((g.double() / scale - e.grad).norm() / e.grad.norm()).item()
+            for g, e in zip(grads, exact, strict=True)
+        ]
+
+    fused = errors(ops.linear_cross_entropy(hidden, weight, target).loss)
+    logits = hidden.float() @ weight.to(hidden.dtype).float().t()
+    plain = errors(torch.nn.functional.cross_entropy(logits, target))
+    assert all(f <= 2 * p + 1e-6 for f, p in zip(fused, plain, strict=True)), (fused, plain)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -240,7 +270,7 @@ def test_softmax_stats(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("V", "columns", "scale", "shift"), [(50257, 50304, 4.0, 0.0), (67, 128, 1e-3, 5.0), (1, 1, 1.0, 0.0)]
+    ("V", "columns", "scale", "shift"), [(50257, 50304, 4.0, 0.0), (67, 128, 1e-3, 5.0), (1, 4, 1.0, 0.0)]
 )
 def test_predicted_rows(device: str, V: int, columns: int, scale: float, shift: float) -> None:
     """Against float64, no further from it than twice plain PyTorch in float32 (and two roundings)."""

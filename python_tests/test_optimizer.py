@@ -501,3 +501,54 @@ def test_bad_arguments_of_rows_that_wait() -> None:
     ):
         with pytest.raises((RuntimeError, ValueError), match=match):
             ops.adam_rows_(**{**good, **bad}, decoupled=True)
+
+
+@pytest.mark.parametrize("slot", [2, 2_000_000_000])
+@pytest.mark.parametrize("which", ["step", "rows", "rows of ids"])
+def test_slots_beyond_the_rows_are_refused(which: str, slot: int) -> None:
+    V, H, T = 8, 16, 2
+    tensors = [torch.randn(V, H), torch.randn(V, H), torch.rand(V, H)]
+    before = [t.clone() for t in tensors]
+    slots = torch.full((2, V), -1, dtype=torch.int32)
+    slots[0, 3] = slot
+    hyper, one, rows = torch.tensor([1.0, 0.0, 0.1, 0.05]), torch.tensor(1.0), torch.ones(T, H)
+    ids = None
+    if which == "rows of ids":
+        ids = torch.tensor([1, 3])
+        slots[1, 1], slots[1, 3] = 0, 1
+    with pytest.raises(
+        RuntimeError, match=rf"slots must be below the 2 rows of grads\[0\]; got {slot} for row 3"
+    ):
+        if which == "step":
+            p, m, v = ([t] for t in tensors)
+            ops.adam_step_(p, [rows], m, v, hyper, one, decoupled=True, slots=slots[0], row_param=0)
+        else:
+            ops.adam_rows_(*tensors, [rows], slots, hyper[None], [one], ids, decoupled=True)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [16, 6])
+@pytest.mark.parametrize("which", ["step", "rows", "rows of ids"])
+def test_slots_beyond_the_rows_show_as_nan_on_cuda(which: str, H: int) -> None:
+    V, T = 8, 2
+    tensors = [t.cuda() for t in (torch.randn(V, H), torch.randn(V, H), torch.rand(V, H))]
+    slots = torch.full((2, V), -1, dtype=torch.int32)
+    slots[0, 3], slots[0, 4] = 2_000_000_000, 1
+    hyper, one, rows = (
+        torch.tensor([1.0, 0.0, 0.1, 0.05]).cuda(),
+        torch.tensor(1.0).cuda(),
+        torch.ones(T, H).cuda(),
+    )
+    ids = None
+    if which == "rows of ids":
+        ids = torch.tensor([4, 3]).cuda()
+        slots[1, 4], slots[1, 3] = 0, 1
+    slots = slots.cuda()
+    if which == "step":
+        p, m, v = ([t] for t in tensors)
+        ops.adam_step_(p, [rows], m, v, hyper, one, decoupled=True, slots=slots[0].contiguous(), row_param=0)
+    else:
+        ops.adam_rows_(*tensors, [rows], slots, hyper[None], [one], ids, decoupled=True)
+    for t in tensors:
+        assert t[3].isnan().all() and t[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()

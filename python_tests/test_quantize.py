@@ -185,3 +185,32 @@ def test_bad_arguments(call: object, error: type[Exception], match: str) -> None
 def test_dequantize_act(device: str, dtype: torch.dtype) -> None:
     x_i8, scale = ops.quantize_act_int8(tensor(5, 7, 33, device=device))
     assert torch.equal(ops.dequantize_act(x_i8, scale, dtype), ops.dequantize_act_ref(x_i8, scale, dtype))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40])
+def test_a_norm_without_epsilon_of_a_row_of_zeros_names_the_epsilon(value: float) -> None:
+    """Not the input, which is finite. Other rows have a norm without epsilon."""
+    x, gain, weight = torch.full((2, 8), value), torch.ones(8), torch.ones(3, 8)
+    calls = {
+        "eps": [
+            lambda: ops.rms_norm_quantize(x, None, 0.0),
+            lambda: ops.rms_norm(x, gain, 0.0),
+            lambda: ops.add_rms_norm(x, x, gain, 0.0),
+            lambda: ops.add_rms_norm_quantize(x, x, gain, 0.0),
+            lambda: ops.glu_quantize(x, x, "silu", gain, 0.0),
+        ],
+        "norm_eps": [
+            lambda: ops.bit_linear(x, weight, norm_eps=0.0),
+            lambda: ops.glu_bit_linear(torch.cat((x, x), 1), weight, "relu2", norm_weight=gain, norm_eps=0.0),
+        ],
+        "first_norm_eps": [
+            lambda: ops.bit_linear(x, weight, norm_weight=gain, norm_eps=0.1, first_norm=(gain, 0.0))
+        ],
+    }
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(
+                RuntimeError, match=rf"^bitnet_ext\.\w+: {name} must be > 0 for a row of zeros"
+            ):
+                function()
+    assert torch.isfinite(ops.rms_norm(torch.ones(2, 8), gain, 0.0)).all()

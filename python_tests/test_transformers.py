@@ -199,7 +199,7 @@ def edit(folder: Path, change: Any) -> None:
         ),
         (lambda q: q["layers"].clear(), "names no layer"),
         (lambda q: q["layers"][0].pop("scale_shape"), "is damaged at model.layers.0"),
-        (lambda q: q["layers"][0].update(segments=[1, 2]), "segments"),
+        (lambda q: q["layers"][0].update(segments=[1, 2]), r"segments|weight_scale must have 2 elements"),
     ],
 )
 def test_damaged_notes(change: Any, message: str, tmp_path: Path) -> None:

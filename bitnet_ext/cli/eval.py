@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bitnet_ext.cli.options import add_device, add_tokenizer
+from bitnet_ext.cli.options import add_device, add_switch, add_tokenizer
 
 EPILOG = """\
 examples:
@@ -48,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"most predictions, spread evenly over the held-out part; 0 for all (default {DEFAULT_TOKENS})",
     )
-    parser.add_argument(
+    add_switch(
+        parser,
         "--pack",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="evaluate the packed form, whose results are equal (default yes)",
+        "evaluate the packed form, whose results are equal (default yes)",
+        True,
     )
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from bitnet_ext.cli.options import add_tokenizer
+from bitnet_ext.cli.options import add_switch, add_tokenizer
 
 EPILOG = """\
 examples:
@@ -30,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("model", type=Path, metavar="PATH", help="folder of a run or of a checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="the new folder")
-    parser.add_argument(
+    add_switch(
+        parser,
         "--packed",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="store ternary layers in 2 bits per weight, for inference; otherwise in full precision, to train further "
+        "store ternary layers in 2 bits per weight, for inference; otherwise in full precision, to train further "
         "(default yes)",
+        True,
     )
     parser.add_argument(
         "--head",

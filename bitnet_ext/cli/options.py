@@ -37,6 +37,12 @@ def add_tokenizer(parser: argparse._ActionsContainer, default: str = "the run's 
     )
 
 
+def add_switch(parser: argparse._ActionsContainer, name: str, words: str, default: Any) -> None:
+    """An option --name and its opposite --no-name."""
+    action = parser.add_argument(name, action=argparse.BooleanOptionalAction, help=words)
+    action.default = default  # Python 3.10 would add one that is given above to the words
+
+
 def flag(field: str) -> str:
     """The option of a field: warmup_steps -> --warmup-steps."""
     return "--" + field.replace("_", "-")
@@ -58,9 +64,7 @@ def _add_field(group: argparse._ActionsContainer, field: dataclasses.Field[Any])
         default = "yes" if field.default else "no"
     words = f"{field.metadata['words']} (default {default})".replace("%", "%%")
     if isinstance(field.default, bool):
-        group.add_argument(
-            flag(field.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=words
-        )
+        add_switch(group, flag(field.name), words, argparse.SUPPRESS)
         return
     kind = str(field.type)
     choices = field.metadata["choices"]

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_ext.cli import output
-from bitnet_ext.cli.options import add_config_options, add_device, add_tokenizer, flag, given_config, in_flags
+from bitnet_ext.cli.options import (
+    add_config_options,
+    add_device,
+    add_switch,
+    add_tokenizer,
+    flag,
+    given_config,
+    in_flags,
+)
 from bitnet_ext.models.config import PRESETS, QUANTIZATIONS
 from bitnet_ext.training.config import TrainConfig
 
@@ -50,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="begin with the weights of another run or checkpoint (fine-tuning): at step 0, with a schedule of its own",
     )
     add_device(run)
-    run.add_argument(
+    add_switch(
+        run,
         "--progress",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="show a header and a bar on a terminal, lines elsewhere (default yes)",
+        "show a header and a bar on a terminal, lines elsewhere (default yes)",
+        True,
     )
     data = parser.add_argument_group("data")
     data.add_argument(

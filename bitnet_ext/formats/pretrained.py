@@ -137,8 +137,8 @@ def from_pretrained(
     Args:
         folder: of the model.
         device: of the model.
-        dtype: of the parameters, as by ``model.to(dtype)``; packed layers and an int8 head keep what they have. None:
-            as saved.
+        dtype: of the parameters; packed layers, an int8 head and the rotary table keep what they have. None: as
+            saved.
         verify: also compares each file's sha256 (about a second per GB).
 
     Raises:
@@ -162,9 +162,7 @@ def from_pretrained(
         _check_tensors(model, reader, config["shared"])
         _read_tensors(model, reader, dtype)
     rotary = _ROTARY_DTYPES[config["rotary_dtype"]]
-    model.cos, model.sin = (
-        table.to(rotary).to(device, dtype or rotary) for table in rotary_table(model.config)
-    )
+    model.cos, model.sin = (table.to(device, rotary) for table in rotary_table(model.config))
     _share(model, config["shared"], folder)
     return (model.requires_grad_(False) if config["form"] == "packed" else model).eval()
 
@@ -268,20 +266,28 @@ def _distinct(model: nn.Module, shared: dict[str, str]) -> Iterator[tuple[str, T
     On CUDA the packed form of a layer is a copy: of one layer at a time. `shared` gets the further names.
     """
     modules: dict[int, str] = {}
-    parameters: dict[tuple[Any, ...], str] = {}
+    memory: dict[tuple[Any, ...], str] = {}
     for prefix, module in _named_modules(model):
         if next(module.children(), None) is not None or (modules.get(id(module)) == prefix):
             continue
         first_prefix = modules.setdefault(id(module), prefix)
         for key, value in module.state_dict(keep_vars=True).items():
             name, first = f"{prefix}.{key}", f"{first_prefix}.{key}"
-            if isinstance(value, nn.Parameter) and value.numel() and not value.is_meta:
-                identity = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-                first = parameters.setdefault(identity, first)
+            held = module._parameters.get(key, module._buffers.get(key, _device_form(module)))
+            if held is not None and held.numel() and not held.is_meta:
+                identity = (held.device, held.data_ptr(), held.dtype, held.shape, held.stride())
+                first = memory.setdefault(identity, first)
             if name != first:
                 shared[name] = shared.get(first, first)
             else:
                 yield name, value
+
+
+def _device_form(module: nn.Module) -> Tensor | None:
+    """The weights of a packed or int8 layer as they are in memory."""
+    if not isinstance(module, PackedBitLinear | Int8Linear):
+        return None
+    return module._buffers[next(iter(module._non_persistent_buffers_set))]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -10,10 +10,64 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """A value in a few words, on one line."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}".replace("torch.", "")
-    return f"{type(value).__name__} {value!r}"
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return f"{type(value).__name__} {value!r}"
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, Sized) else type(value).__name__
+
+
+def integer(op: str, name: str, value: int, *, minimum: int | None = None) -> None:
+    """Raises TypeError or ValueError unless `value` is an int of 64 bits, and at least `minimum`."""
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+    if (minimum is not None and value < minimum) or (isinstance(value, int) and abs(value) >= 1 << 63):
+        accepted = "within 64 bits" if minimum is None else f">= {minimum}"
+        raise ValueError(f"{op}: {name} must be {accepted}, got {value}")
+
+
+def number(op: str, name: str, value: float, *, minimum: float | None = None) -> None:
+    """Raises TypeError or ValueError unless `value` is a finite number, and at least `minimum`."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
+    if isinstance(value, (int, float)) and not -1e308 < value < 1e308:
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    if minimum is not None and not value >= minimum:
+        raise ValueError(f"{op}: {name} must be >= {minimum}, got {value}")
+
+
+def boolean(op: str, name: str, value: bool) -> None:
+    if not isinstance(value, (bool, int)):
+        raise TypeError(f"{op}: {name} must be True or False, got {describe(value)}")
+
+
+def one_of(op: str, name: str, value: str, accepted: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in accepted:
+        got = repr(value) if isinstance(value, str) else describe(value)
+        raise ValueError(f"{op}: {name} must be {' or '.join(accepted)}, got {got}")
+
+
+def float_dtype(op: str, name: str, value: torch.dtype) -> None:
+    if value not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {describe(value)}")
+
+
+def device(op: str, name: str, value: torch.device | str) -> None:
+    """Raises TypeError or ValueError unless `value` is a torch.device or names one, as "cuda:0" does."""
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{op}: {name} must be a torch.device or its name, got {describe(value)}")
+    try:
+        torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{op}: {name} must name a device, such as cpu or cuda:0, got {value!r}") from error
+
+
+def sequence(op: str, name: str, value: Sequence[object], *, of: str = "tensor") -> None:
+    """Raises ValueError unless `value` is a list or tuple of at least one element."""
+    if not isinstance(value, (list, tuple)) or len(value) == 0:
+        raise ValueError(f"{op}: {name} must be a list of at least one {of}, got {describe(value)}")
 
 
 def tensor(
@@ -28,13 +82,13 @@ def tensor(
     """Raises TypeError or ValueError unless `value` is a tensor of one of `dtypes` with the dimensions asked for."""
     names = " or ".join(str(dtype).replace("torch.", "") for dtype in dtypes)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a {names} tensor, got {_describe(value)}")
+        raise TypeError(f"{op}: {name} must be a {names} tensor, got {describe(value)}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{op}: {name} must be of dtype {names}, got {_describe(value)}")
+        raise TypeError(f"{op}: {name} must be of dtype {names}, got {describe(value)}")
     if dim is not None and value.dim() != dim:
-        raise ValueError(f"{op}: {name} must have {dim} dimensions, got {_describe(value)}")
+        raise ValueError(f"{op}: {name} must have {dim} dimensions, got {describe(value)}")
     if value.dim() < min_dim:
-        raise ValueError(f"{op}: {name} must have at least {min_dim} dimensions, got {_describe(value)}")
+        raise ValueError(f"{op}: {name} must have at least {min_dim} dimensions, got {describe(value)}")
     if value.layout != torch.strided:
         raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got layout {value.layout}")
 
@@ -54,8 +108,17 @@ def shape(op: str, name: str, value: Tensor, expected: Sequence[int], meaning: s
 
 
 def at_least_one(op: str, name: str, size: int, meaning: str) -> None:
-    if size < 1:
+    if not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {describe(size)}")
+    if size < 1 or (isinstance(size, int) and size >= 1 << 63):
         raise ValueError(f"{op}: {name} must have {meaning} >= 1, got {size}")
+
+
+def sizes(op: str, name: str, value: Sequence[int]) -> list[int]:
+    """`value` as a list of ints, an empty one included."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (int, torch.SymInt)) for v in value):
+        raise TypeError(f"{op}: {name} must be a list of ints, got {describe(value)}")
+    return list(value)
 
 
 def product_operands(
@@ -73,7 +136,9 @@ def product_operands(
             raise ValueError(f"{op}: out_dtype=int32 returns the bare sums; scales and bias must be None")
         return False
     if out_dtype not in FLOATS:
-        raise TypeError(f"{op}: out_dtype must be float32, bfloat16, float16 or int32, got {out_dtype}")
+        raise TypeError(
+            f"{op}: out_dtype must be float32, bfloat16, float16 or int32, got {describe(out_dtype)}"
+        )
     if x_scale is None or weight_scale is None:
         raise ValueError(f"{op}: x_scale and weight_scale are needed unless out_dtype is int32")
     tensor(op, "x_scale", x_scale, dtypes=(torch.float32,))

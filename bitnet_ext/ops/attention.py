@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from bitnet_ext.ops import _checks
@@ -48,6 +49,8 @@ def rotary_attention(
     """
     op = "rotary_attention"
     _checks.tensor(op, "qkv", qkv, dtypes=_checks.FLOATS, dim=3)
+    _checks.integer(op, "num_heads", num_heads)
+    _checks.integer(op, "num_kv_heads", num_kv_heads)
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"{op}: num_heads must be a multiple of num_kv_heads >= 1, got {num_heads} and {num_kv_heads}"
@@ -64,7 +67,8 @@ def rotary_attention(
         _checks.tensor(op, name, table, dtypes=(torch.float32,), dim=2)
         _checks.shape(op, name, table, (T, head_dim), "[T, D] of qkv")
         _checks.same_device(op, name, table, "qkv", qkv)
-    if not qkv.is_cuda:
+    # The kernels have no forward mode and no rule for vmap; PyTorch's operators have both.
+    if not qkv.is_cuda or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         heads = qkv.view(B, T, stacked, head_dim) if qkv.is_contiguous() else qkv.unflatten(-1, (stacked, -1))
         turned, value = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
         query, key = apply_rotary(turned.transpose(1, 2), cos, sin).split((num_heads, num_kv_heads), dim=1)

@@ -118,6 +118,8 @@ def _bit_linear(
 ) -> tuple[Tensor, Tensor]:
     """y and the sum. `norms`: norm_weight, norm_eps and first_norm."""
     norm_weight, norm_eps, first_norm = norms
+    if not isinstance(weight, Tensor):
+        _checks.sequence(op, "weight", weight)
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     _checks.tensor(op, "x", x, dtypes=_checks.FLOATS, min_dim=1)
     N = _check_weights(op, weights, x)
@@ -132,7 +134,10 @@ def _bit_linear(
             raise ValueError(f"{op}: norm_weight needs norm_eps, got norm_eps=None")
         check_gain(op, "norm_weight", norm_weight, x)
         norm_weight = norm_weight.contiguous()
+    if norm_eps is not None:
+        _checks.number(op, "norm_eps", norm_eps, minimum=0)
     check_backward(op, backward)
+    check_quantized(op, quantized)
     first_gain, first_eps = None, 0.0
     if first_norm is not None:
         first_gain, first_eps = _check_first_norm(op, first_norm, norm_weight, x)
@@ -183,34 +188,34 @@ def fits_norm_pair(x: Tensor) -> bool:
 def _check_first_norm(
     op: str, first_norm: tuple[Tensor, float], norm_weight: Tensor | None, x: Tensor
 ) -> tuple[Tensor, float]:
+    if not isinstance(first_norm, (tuple, list)) or len(first_norm) != 2:
+        raise TypeError(f"{op}: first_norm must be a gain and an epsilon, got {_checks.describe(first_norm)}")
     gain, eps = first_norm
     if norm_weight is None:
         raise ValueError(f"{op}: first_norm needs norm_weight, got norm_weight=None")
     check_gain(op, "first_norm[0]", gain, x)
-    if not eps >= 0:
-        raise ValueError(f"{op}: first_norm[1] must be >= 0, got {eps}")
+    _checks.number(op, "first_norm[1]", eps, minimum=0)
     return gain.contiguous(), eps
 
 
 def check_backward(op: str, backward: str) -> None:
-    if backward not in BACKWARDS:
-        raise ValueError(f"{op}: backward must be {' or '.join(BACKWARDS)}, got {backward!r}")
+    _checks.one_of(op, "backward", backward, BACKWARDS)
 
 
 def result_dtype(op: str, out_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
     """`out_dtype`, or what it is by default: the autocast dtype where autocast is on, else x's."""
+    _checks.tensor(op, "gate_up" if op == "glu_bit_linear" else "x", x, dtypes=_checks.FLOATS, min_dim=1)
     if out_dtype is None:
         device_type = x.device.type
-        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-    if out_dtype not in _checks.FLOATS:
-        raise TypeError(f"{op}: out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast
+            return torch.get_autocast_dtype(device_type)
+        return x.dtype
+    _checks.float_dtype(op, "out_dtype", out_dtype)
     return out_dtype
 
 
 def _check_weights(op: str, weights: Sequence[Tensor], x: Tensor) -> int:
     """The rows of all weights together."""
-    if not weights:
-        raise ValueError(f"{op}: weight must be a tensor or a sequence of at least one, got an empty one")
     N = 0
     for index, w in enumerate(weights):
         name = "weight" if len(weights) == 1 else f"weight[{index}]"
@@ -224,6 +229,16 @@ def _check_weights(op: str, weights: Sequence[Tensor], x: Tensor) -> int:
             )
         N += w.shape[0]
     return N
+
+
+def check_quantized(op: str, quantized: QuantizedWeight | None) -> None:
+    """The form only; the operator compares shapes and devices with the weights."""
+    if quantized is None:
+        return
+    if not isinstance(quantized, (tuple, list)) or len(quantized) != 2:
+        raise TypeError(f"{op}: quantized must be a QuantizedWeight, got {_checks.describe(quantized)}")
+    _checks.tensor(op, "quantized.packed", quantized[0], dtypes=(torch.uint8, torch.int32))
+    _checks.tensor(op, "quantized.weight_scale", quantized[1], dtypes=(torch.float32,), dim=1)
 
 
 def check_bias(op: str, bias: Tensor | None, N: int, x: Tensor) -> None:

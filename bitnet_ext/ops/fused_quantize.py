@@ -106,6 +106,7 @@ def glu_quantize(
     _checks.shape(op, "up", up, gate.shape, "the shape of gate")
     _checks.same_device(op, "up", up, "gate", gate)
     check_activation(op, activation)
+    _checks.boolean(op, "normalize", normalize)
     if gain is not None and not normalize:
         raise ValueError(f"{op}: gain must be None when normalize is False, got a gain")
     gain = _norm_arguments(op, gain, eps, gate)
@@ -129,14 +130,12 @@ def glu_quantize_ref(
 
 
 def check_activation(op: str, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be relu2 or silu, got {activation!r}")
+    _checks.one_of(op, "activation", activation, ACTIVATIONS)
 
 
 def _norm_arguments(op: str, gain: Tensor | None, eps: float, x: Tensor) -> Tensor | None:
     """Checks the norm's arguments; returns the gain as the kernels take it."""
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
+    _checks.number(op, "eps", eps, minimum=0)
     if gain is None:
         return None
     check_gain(op, "gain", gain, x)

@@ -7,7 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitnet_ext.ops import _checks
-from bitnet_ext.ops.bit_linear import Backward, bit_linear_ref, check_backward, check_bias, result_dtype
+from bitnet_ext.ops.bit_linear import (
+    Backward,
+    bit_linear_ref,
+    check_backward,
+    check_bias,
+    check_quantized,
+    result_dtype,
+)
 from bitnet_ext.ops.fused_quantize import Activation, check_activation
 from bitnet_ext.ops.quantize_groups import QuantizedWeight, quantize_weights
 from bitnet_ext.ops.rms_norm import check_gain
@@ -66,7 +73,10 @@ def glu_bit_linear(
             raise ValueError(f"{op}: norm_weight needs norm_eps, got norm_eps=None")
         check_gain(op, "norm_weight", norm_weight, weight)
         norm_weight = norm_weight.contiguous()
+    if norm_eps is not None:
+        _checks.number(op, "norm_eps", norm_eps, minimum=0)
     check_backward(op, backward)
+    check_quantized(op, quantized)
     weight = weight.contiguous()
     packed, weight_scale = quantize_weights([weight]) if quantized is None else quantized
     return _ops.glu_bit_linear(

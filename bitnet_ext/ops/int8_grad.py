@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bitnet_ext.ops import _checks
 from bitnet_ext.ops._compiler import assume_constant_result
+from bitnet_ext.ops.packing import packed_width, prepacked_shape
 
 _ops = torch.ops.bitnet_ext
 
@@ -70,13 +71,25 @@ def int8_grads(
     On a GPU that is not of compute capability 9.0, grad_weight is computed in grad_y's dtype instead, as
     ``backward="exact"`` does.
     """
-    _check(grad_y, x_i8, act_scale, segments)
+    _check(grad_y, x_i8, act_scale, packed, weight_scale, segments)
+    _checks.boolean("int8_grads", "need_input", need_input)
+    _checks.boolean("int8_grads", "need_weight", need_weight)
+    _checks.float_dtype("int8_grads", "weight_dtype", weight_dtype)
     if not (need_input or need_weight):
         return None, None
     if seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=grad_y.device)
+    _checks.tensor("int8_grads", "seed", seed, dtypes=(torch.int64,))
+    _checks.same_device("int8_grads", "seed", seed, "grad_y", grad_y)
+    if seed.numel() != 1:
+        raise ValueError(f"int8_grads: seed must have 1 element, got {seed.numel()}")
     M, N = grad_y.shape
     K = x_i8.shape[1]
+    if grad_y.device.type == "meta":
+        return (
+            grad_y.new_empty((M, K)) if need_input else None,
+            grad_y.new_empty((N, K), dtype=weight_dtype) if need_weight else None,
+        )
     arguments = (packed, weight_scale, segments, need_input, need_weight, weight_dtype)
     if M == 0:
         return (
@@ -278,7 +291,14 @@ def _has_weight_grad(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in archs
 
 
-def _check(grad_y: Tensor, x_i8: Tensor, act_scale: Tensor, segments: Sequence[int]) -> None:
+def _check(
+    grad_y: Tensor,
+    x_i8: Tensor,
+    act_scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    segments: Sequence[int],
+) -> None:
     op = "int8_grads"
     _checks.tensor(op, "grad_y", grad_y, dtypes=_checks.FLOATS, dim=2)
     _checks.tensor(op, "x_i8", x_i8, dtypes=(torch.int8,), dim=2)
@@ -286,6 +306,22 @@ def _check(grad_y: Tensor, x_i8: Tensor, act_scale: Tensor, segments: Sequence[i
     _checks.shape(op, "act_scale", act_scale, (grad_y.shape[0],), "one a row of grad_y")
     if x_i8.shape[0] != grad_y.shape[0]:
         raise ValueError(f"{op}: x_i8 must have the {grad_y.shape[0]} rows of grad_y, got {x_i8.shape[0]}")
+    N, K = grad_y.shape[1], x_i8.shape[1]
+    _checks.tensor(op, "packed", packed, dtypes=(torch.uint8, torch.int32))
+    is_packed = packed.dtype == torch.uint8
+    shape = (N, packed_width(K)) if is_packed else prepacked_shape(N, K)
+    _checks.shape(op, "packed", packed, shape, f"N = {N}, K = {K}")
+    _checks.tensor(op, "weight_scale", weight_scale, dtypes=(torch.float32,))
+    count = max(1, len(_checks.sizes(op, "segments", segments)))
+    if weight_scale.numel() != count:
+        raise ValueError(f"{op}: weight_scale must have {count} elements, got {weight_scale.numel()}")
+    for name, value in (
+        ("x_i8", x_i8),
+        ("act_scale", act_scale),
+        ("packed", packed),
+        ("weight_scale", weight_scale),
+    ):
+        _checks.same_device(op, name, value, "grad_y", grad_y)
     if sum(segments) != grad_y.shape[1]:
         raise ValueError(
             f"{op}: segments must sum to the {grad_y.shape[1]} columns of grad_y, got {list(segments)}"

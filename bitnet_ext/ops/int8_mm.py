@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bitnet_ext.ops import _checks
 from bitnet_ext.ops._compiler import assume_constant_result
@@ -58,6 +59,11 @@ def unprepack_int8(prepacked: Tensor, N: int, K: int) -> Tensor:
     _checks.at_least_one(op, "N", N, "out_features")
     _checks.at_least_one(op, "K", K, "in_features")
     _check_prepacked(op, "prepacked", prepacked, N, K)
+    return unprepacked_int8(prepacked, N, K)
+
+
+def unprepacked_int8(prepacked: Tensor, N: int, K: int) -> Tensor:
+    """:func:`unprepack_int8` without the checks, which a compiled backward pass cannot trace."""
     rows, cols = prepacked.shape[:2]
     ordered = prepacked.contiguous().view(torch.int8).reshape(rows, cols, 4, 8, 4, 2, 2, 4)
     padded = ordered.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(rows * 16, cols * 128)
@@ -186,6 +192,11 @@ def _int_mm_is_exact() -> bool:
 @functools.cache
 def _probe_int_mm() -> bool:
     """Whether torch._int_mm sums exactly on this CPU. Without VNNI it adds pairs of products in saturating int16."""
+    with _disable_current_modes():  # a FLOP counter does not count the probe
+        return _int_mm_sums_exactly()
+
+
+def _int_mm_sums_exactly() -> bool:
     for M, N, K in ((1, 40, 300), (40, 33, 300), (5, 17, 64)):
         for value in (127, -128):
             x = torch.full((M, K), value, dtype=torch.int8, device="cpu")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitnet_ext._differentiation import first_order
 from bitnet_ext.ops import _checks
 from bitnet_ext.ops.side_stream import weight_gradient_side
 from bitnet_ext.ops.skinny_mm import takes_skinny_mm
@@ -145,7 +146,10 @@ def linear_cross_entropy(
         See :class:`LinearCrossEntropyOutput`. Gradients reach hidden and weight through loss only; they are
         computed together with it, exactly (no tile is skipped), and summed over chunks in float32. With no
         target to predict, loss and means are NaN, as in torch.nn.functional, and the gradients of the logits
-        zero. There is no second derivative.
+        zero. A second derivative raises.
+
+        Gradients of a float16 hidden or weight are kept in float32 between forward and backward, so that the
+        scale of a ``torch.amp.GradScaler`` reaches them before they are rounded: 2 bytes more per element.
     """
     op = "linear_cross_entropy"
     _checks.tensor(op, "hidden", hidden, dtypes=_checks.FLOATS, min_dim=1)
@@ -159,6 +163,20 @@ def linear_cross_entropy(
         )
     _checks.same_device(op, "weight", weight, "hidden", hidden)
     _checks.same_device(op, "target", target, "hidden", hidden)
+    for name, value in (
+        ("label_smoothing", label_smoothing),
+        ("z_loss", z_loss),
+        ("entropy_weight", entropy_weight),
+        ("diversity_weight", diversity_weight),
+        ("output_l2", output_l2),
+    ):
+        _checks.number(op, name, value)
+    _checks.integer(op, "ignore_index", ignore_index)
+    _checks.integer(op, "chunk_bytes", chunk_bytes, minimum=1)
+    if logit_softcap is not None and not isinstance(logit_softcap, (int, float)):
+        raise TypeError(
+            f"{op}: logit_softcap must be a number or None, got {_checks.describe(logit_softcap)}"
+        )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
     if logit_softcap is not None and not 0 < logit_softcap < math.inf:
@@ -243,6 +261,7 @@ def linear_cross_entropy_ref(
 
 def padded_columns(V: int) -> int:
     """Columns of a buffer for the logits of V tokens: rows that begin at multiples of 16 bytes, whole tiles."""
+    _checks.integer("padded_columns", "V", V, minimum=1)
     return -(-V // 64) * 64
 
 
@@ -375,12 +394,15 @@ def forward(
             log_marginal = log_marginal + marginal_entropy
         logits_are_there = bool(stats) and len(chunks) == 1
 
+        # float16 gradients stay float32: a loss scale must reach them before they are rounded.
         grad_hidden = torch.empty_like(x if needs_grad_hidden else x[:0])
+        grad_weight_dtype = _saved_dtype(weight.dtype)
         total: Tensor | None = None
         # One chunk is rounded once to the dtype of the weight; several are summed in float32.
         total_dtype = dtype if weight.dtype == dtype and len(chunks) == 1 and not output_l2 else torch.float32
         # On another stream only where that stream makes all of it, while the logits stay as they are.
-        side = weight_gradient_side() if needs_grad_weight and len(chunks) == 1 and not output_l2 else None
+        at_once = len(chunks) == 1 and not output_l2 and weight.dtype == grad_weight_dtype
+        side = weight_gradient_side() if needs_grad_weight and at_once else None
         if needs_grad_weight and output_l2:
             total = torch.zeros((head.shape[0], H), device=hidden.device)
             total[:V].copy_(weight).mul_(2.0 * output_l2)
@@ -414,7 +436,7 @@ def forward(
         )
         if marginal_entropy is None:
             marginal_entropy = torch.empty((), device=hidden.device)  # not looked at
-        grad_weight = torch.empty_like(weight[:0]) if total is None else total[:V].to(weight.dtype)
+        grad_weight = weight.new_empty((0, H)) if total is None else total[:V]
         return (
             *means,
             marginal_entropy,
@@ -422,8 +444,8 @@ def forward(
             entropy,
             argmax,
             mean_p,
-            grad_hidden.to(hidden.dtype),
-            grad_weight,
+            grad_hidden.to(_saved_dtype(hidden.dtype)),
+            grad_weight.to(grad_weight_dtype),
         )
 
 
@@ -449,14 +471,28 @@ def fake(
     scalars = [new() for _ in range(5)]
     argmax = hidden.new_empty((T,), dtype=torch.int64)
     mean_p = new(V if diversity_weight else 0)
-    grad_hidden = hidden.new_empty(hidden.shape if needs_grad_hidden else (0, hidden.shape[1]))
-    grad_weight = weight.new_empty(weight.shape if needs_grad_weight else (0, weight.shape[1]))
+    hidden_shape = hidden.shape if needs_grad_hidden else (0, hidden.shape[1])
+    weight_shape = weight.shape if needs_grad_weight else (0, weight.shape[1])
+    grad_hidden = hidden.new_empty(hidden_shape, dtype=_saved_dtype(hidden.dtype))
+    grad_weight = weight.new_empty(weight_shape, dtype=_saved_dtype(weight.dtype))
     return (*scalars, new(T), new(T), argmax, mean_p, grad_hidden, grad_weight)
 
 
+def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient between forward and backward. float16 has too few exponents for a gradient without its scale."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def prepare(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with the gradients that the inputs ask for at this level of nested derivatives."""
+    hidden, weight = args[:2]
+    return (*args[:10], args[10] or hidden.requires_grad, args[11] or weight.requires_grad)
+
+
 def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs_hidden, ctx.needs_weight = inputs[10:]
-    ctx.save_for_backward(*output[9:])
+    ctx.dtypes = [t.dtype for t in inputs[:2]]
+    ctx.needs = inputs[10:]
+    ctx.save_for_backward(*output[9:], output[0])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     side = weight_gradient_side()  # the backward runs on a thread of its own
@@ -466,19 +502,16 @@ def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def backward(ctx: Any, grad_loss: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 12
-    traced = type(grad_loss) is not Tensor
-    if torch.is_grad_enabled() and not traced:  # create_graph=True
-        raise RuntimeError("bitnet_ext.linear_cross_entropy: has no second derivative")
-    saved = [
-        grad if needed else None
-        for grad, needed in zip(ctx.saved_tensors, (ctx.needs_hidden, ctx.needs_weight), strict=True)
-    ]
+    *grads, loss = ctx.saved_tensors
+    saved = [grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)]
+    traced = type(grad_loss) is not Tensor or torch._C._are_functorch_transforms_active()
     # The saved gradients are handed on themselves where nothing can ask for them again: no copy of a large
     # weight, and nothing to do at all when the loss is the end of the graph and its gradient 1.
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         if ctx.side is not None:
             ctx.side.join()
-        scaled = [None if grad is None else (grad * grad_loss).to(grad.dtype) for grad in saved]
+        with torch.no_grad():
+            scaled = [None if grad is None else grad * grad_loss for grad in saved]
     else:
         scaled = [None if grad is None else grad.detach() for grad in saved]
         present = [grad for grad in scaled if grad is not None]
@@ -486,7 +519,12 @@ def backward(ctx: Any, grad_loss: Tensor | None, *_unused: Tensor | None) -> tup
             with ctx.side.fork(grad_loss):
                 _scale_([present.pop()], grad_loss)
         _scale_(present, grad_loss)
-    return (*scaled, *(None,) * 10)
+    results = [
+        grad if grad is None else grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)
+    ]
+    if torch.is_grad_enabled():  # create_graph=True
+        results = list(first_order("linear_cross_entropy", tuple(results), loss))
+    return (*results, *(None,) * 10)
 
 
 def _scale_(grads: list[Tensor], factor: Tensor) -> None:

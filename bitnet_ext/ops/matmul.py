@@ -143,13 +143,13 @@ def _check_weight(op: str, weight: Tensor, out_features: int | None, K: int) -> 
 
 
 def _check_segments(op: str, weight_scale: Tensor, segments: Sequence[int] | None, N: int) -> list[int]:
-    if not segments:
+    sizes = [] if segments is None else _checks.sizes(op, "segments", segments)
+    if not sizes:
         if weight_scale.numel() not in (1, N):
             raise ValueError(
                 f"{op}: weight_scale must have 1 or N = {N} elements without segments, got {weight_scale.numel()}"
             )
         return []
-    sizes = [int(size) for size in segments]
     if len(sizes) > MAX_SEGMENTS or min(sizes) < 1 or sum(sizes) != N:
         raise ValueError(
             f"{op}: segments must be 1 to {MAX_SEGMENTS} sizes >= 1 that add up to N = {N}, got {sizes}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,9 +68,16 @@ def clip_gradients_(
     _checks.shape(op, "latch", latch, (2 + len(grads),), "a step, a counter, one sum for each of grads")
     _checks.same_device(op, "step", step, "grads", grads[0])
     _checks.same_device(op, "latch", latch, "grads", grads[0])
+    if max_norm is not None:
+        _checks.number(op, "max_norm", max_norm)
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"{op}: max_norm must be > 0 or None, got {max_norm}")
     bound = math.inf if max_norm is None else max_norm
+    if known is not None:
+        if not isinstance(known, (tuple, list)) or len(known) != 2:
+            raise TypeError(f"{op}: known must be an index and a tensor, got {_checks.describe(known)}")
+        _checks.integer(op, "known[0]", known[0], minimum=0)
+        _checks.tensor(op, "known[1]", known[1], dtypes=(torch.float64,), dim=1)
     index, partials = (-1, None) if known is None else known
     norm, grad_scale = _ops.clip_gradients_(
         [g.contiguous() for g in grads], step, bound, latch, partials, index
@@ -187,6 +195,7 @@ def adam_step_(
             for as many as there is work for. Not with ternary params or slots. Without effect on the CPU.
     """
     op = "adam_step_"
+    _check_list(op, "params", params)
     for name, tensors in (
         ("params", params),
         ("grads", grads),
@@ -215,7 +224,17 @@ def adam_step_(
     if abs_sums is not None:
         _checks.tensor(op, "abs_sums", abs_sums, dtypes=(torch.float64,))
         _checks.same_device(op, "abs_sums", abs_sums, "params", params[0])
-    decays = [decay] * len(params) if isinstance(decay, bool) else decay
+    if slots is not None:
+        _checks.tensor(op, "slots", slots, dtypes=(torch.int32,), dim=1)
+        _checks.same_device(op, "slots", slots, "params", params[0])
+    _checks.integer(op, "row_param", row_param)
+    _check_rule(op, beta1, beta2, eps, decoupled, num_blocks)
+    decays: Any = [decay] * len(params) if isinstance(decay, bool) else decay
+    flags: Any = [False] * len(params) if ternary is None else ternary
+    for name, values in (("decay", decays), ("ternary", flags)):
+        _checks.sequence(op, name, values, of="bool")
+        for value in values:
+            _checks.boolean(op, name, value)
     _ops.adam_step_(
         list(params),
         [g.contiguous() for g in grads],
@@ -224,7 +243,7 @@ def adam_step_(
         hyper.contiguous(),
         grad_scale,
         [int(d) for d in decays],
-        [0] * len(params) if ternary is None else [int(t) for t in ternary],
+        [int(t) for t in flags],
         abs_sums,
         slots,
         row_param,
@@ -289,6 +308,8 @@ def adam_rows_(
         _checks.tensor(op, "ids", ids, dtypes=(torch.int64,), dim=1)
         _checks.same_device(op, "ids", ids, "param", param)
         ids = ids.contiguous()
+    _check_rule(op, beta1, beta2, eps, decoupled, num_blocks)
+    _checks.boolean(op, "decay", decay)
     _ops.adam_rows_(
         param,
         exp_avg,
@@ -337,9 +358,15 @@ def adam_step_ref(
     return param - lr / (1 - beta1**step) * exp_avg / denominator, exp_avg, exp_avg_sq
 
 
+def _check_rule(op: str, beta1: float, beta2: float, eps: float, decoupled: bool, num_blocks: int) -> None:
+    for name, value in (("beta1", beta1), ("beta2", beta2), ("eps", eps)):
+        _checks.number(op, name, value)
+    _checks.boolean(op, "decoupled", decoupled)
+    _checks.integer(op, "num_blocks", num_blocks, minimum=0)
+
+
 def _check_list(op: str, name: str, tensors: Sequence[Tensor]) -> None:
-    if isinstance(tensors, Tensor) or len(tensors) == 0:
-        raise ValueError(f"{op}: {name} must be a list of at least one tensor, got {type(tensors).__name__}")
+    _checks.sequence(op, name, tensors)
     for index, t in enumerate(tensors):
         _checks.tensor(op, f"{name}[{index}]", t, dtypes=(torch.float32,))
         _checks.same_device(op, f"{name}[{index}]", t, f"{name}[0]", tensors[0])

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from bitnet_ext.ops.fused_quantize import Activation
-from bitnet_ext.ops.int8_mm import int8_mm, unprepack_int8
+from bitnet_ext.ops.int8_mm import int8_mm, unprepacked_int8
 from bitnet_ext.ops.quantize import quantize_act_int8
 
 _ops = torch.ops.bitnet_ext
 
+#: Rows of a tile of the CUDA kernels of the backward pass.
+_TILE_ROWS = 16
 #: Most int8 weights that the backward of :func:`int8_linear` widens at a time (256 MiB of float32).
 _SLAB_WEIGHTS = 64 << 20
 
@@ -63,6 +65,10 @@ def packed_linear(
         [..., N] of `out_dtype`. Gradients reach x, bias and norm_weight.
     """
     sizes = list(segments) or [out_features]
+    if x.is_cuda and any(size % _TILE_ROWS for size in sizes[:-1]):
+        # The backward kernels take a scale per tile of rows. A scale per row rounds alike.
+        ends = torch.tensor(sizes, device=x.device)
+        weight_scale, sizes = weight_scale.reshape(-1).repeat_interleave(ends), [out_features]
     scale, row_scale = _scales(weight_scale, sizes)
     gain = None if norm_weight is None else norm_weight.contiguous()
     y = _ops.bit_linear(
@@ -185,7 +191,7 @@ class _Int8Linear(torch.autograd.Function):
 def _int8_input_grad(grad: Tensor, weight: Tensor, weight_scale: Tensor, K: int) -> Tensor:
     """``grad (codes * weight_scale)``: [M, K] of grad [M, N], the weights decoded to grad's dtype."""
     N = grad.shape[1]
-    codes = unprepack_int8(weight, N, K) if weight.dtype == torch.int32 else weight
+    codes = unprepacked_int8(weight, N, K) if weight.dtype == torch.int32 else weight
     rows = max(1, _SLAB_WEIGHTS // K)
     scale = weight_scale.reshape(-1, 1)
     slabs = [

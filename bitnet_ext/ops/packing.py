@@ -267,5 +267,4 @@ def _check_scale_and_dtype(
     _checks.same_device(op, "weight_scale", weight_scale, name, weight)
     if weight_scale.numel() not in (1, N):
         raise ValueError(f"{op}: weight_scale must have 1 or N = {N} elements, got {weight_scale.numel()}")
-    if dtype not in _checks.FLOATS:
-        raise TypeError(f"{op}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    _checks.float_dtype(op, "dtype", dtype)

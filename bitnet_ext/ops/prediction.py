@@ -37,15 +37,21 @@ class PredictedRows(NamedTuple):
 
 def predicts_rows(hidden: Tensor) -> bool:
     """Whether :func:`predict_rows` takes hidden states of this device and dtype."""
+    _checks.tensor("predicts_rows", "hidden", hidden, dtypes=_checks.FLOATS)
     return hidden.dtype == torch.float32 or (hidden.is_cuda and hidden.dtype == torch.bfloat16)
 
 
-def logits_buffer(rows: int, V: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def logits_buffer(rows: int, V: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """An uninitialised buffer [rows, padded_columns(V)] for logits.
 
     The padding matters: with the 50,257 columns of GPT-2's vocabulary the same product runs at 0.6 of the speed (one
     thread of an AMD EPYC).
     """
+    op = "logits_buffer"
+    _checks.integer(op, "rows", rows, minimum=1)
+    _checks.integer(op, "V", V, minimum=1)
+    _checks.float_dtype(op, "dtype", dtype)
+    _checks.device(op, "device", device)
     buffer = torch.empty(rows, padded_columns(V), dtype=dtype, device=device)
     if not buffer.is_cuda:
         _ops._prefer_huge_pages(buffer)
@@ -54,9 +60,28 @@ def logits_buffer(rows: int, V: int, *, dtype: torch.dtype, device: torch.device
 
 def logits_in(buffer: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     """The logits [T, V] of hidden states [T, H] and a head [V, H], as a view of a :func:`logits_buffer`."""
+    hidden, head = _with_buffer("logits_in", hidden, head, buffer)
     rows = buffer[: hidden.shape[0]]
     write_logits(hidden.contiguous(), head, rows)
     return rows[:, : head.shape[0]]
+
+
+def _with_buffer(op: str, hidden: Tensor, head: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """`hidden` and `head` without gradients, after the three were checked against each other."""
+    _checks.tensor(op, "hidden", hidden, dtypes=_checks.FLOATS, dim=2)
+    _checks.tensor(op, "head", head, dtypes=(hidden.dtype,), dim=2)
+    _checks.at_least_one(op, "head", head.shape[0], "a vocabulary (V)")
+    T, V = hidden.shape[0], head.shape[0]
+    _checks.shape(op, "head", head, (V, hidden.shape[1]), "H as hidden has it")
+    _checks.tensor(op, "buffer", buffer, dtypes=(hidden.dtype,), dim=2)
+    for name, value in (("head", head), ("buffer", buffer)):
+        _checks.same_device(op, name, value, "hidden", hidden)
+    if buffer.shape[0] < T or buffer.shape[1] != padded_columns(V) or not buffer.is_contiguous():
+        raise ValueError(
+            f"{op}: buffer must be contiguous and have {T} rows or more of {padded_columns(V)} columns, "
+            f"got shape {tuple(buffer.shape)} with strides {buffer.stride()}"
+        )
+    return hidden.detach(), head.detach()
 
 
 def predict_rows(hidden: Tensor, head: Tensor, target: Tensor, buffer: Tensor) -> PredictedRows:
@@ -66,7 +91,15 @@ def predict_rows(hidden: Tensor, head: Tensor, target: Tensor, buffer: Tensor) -
         hidden: [T, H] of a dtype that :func:`predicts_rows` takes; head: [V, H] of the same dtype.
         target: int64 [T].
         buffer: a :func:`logits_buffer` of T rows or more; overwritten.
+
+    The results carry no gradient.
     """
+    op = "predict_rows"
+    _checks.tensor(op, "hidden", hidden, dtypes=(torch.float32, torch.bfloat16), dim=2)
+    _checks.tensor(op, "target", target, dtypes=(torch.int64,), dim=1)
+    _checks.shape(op, "target", target, hidden.shape[:1], "one per row of hidden")
+    _checks.same_device(op, "target", target, "hidden", hidden)
+    hidden, head = _with_buffer(op, hidden, head, buffer)
     logits_in(buffer, hidden, head)
     return predicted_rows_(buffer[: hidden.shape[0]], head.shape[0], target)
 
@@ -78,11 +111,13 @@ def predicted_rows_(logits: Tensor, V: int, target: Tensor) -> PredictedRows:
     threads changes nothing; on a GPU all are float32.
 
     Args:
-        logits: [T, S] contiguous, float32 or on a GPU bfloat16, with the vocabulary in the first V columns.
+        logits: [T, S] contiguous, float32 or on a GPU bfloat16, with the vocabulary in the first V columns; on a GPU
+            rows start at multiples of 16 bytes, as those of a :func:`logits_buffer` do.
         target: int64 [T], below V.
     """
     op = "predicted_rows_"
     _checks.tensor(op, "logits", logits, dtypes=_checks.FLOATS, dim=2)
+    _checks.integer(op, "V", V)
     _checks.tensor(op, "target", target, dtypes=(torch.int64,), dim=1)
     _checks.shape(op, "target", target, logits.shape[:1], "one a row of logits")
     _checks.same_device(op, "target", target, "logits", logits)

@@ -97,8 +97,7 @@ def dequantize_act(x_i8: Tensor, act_scale: Tensor, dtype: torch.dtype = torch.f
     _checks.tensor(op, "act_scale", act_scale, dtypes=(torch.float32,))
     _checks.shape(op, "act_scale", act_scale, x_i8.shape[:-1], "the leading dimensions of x_i8")
     _checks.same_device(op, "act_scale", act_scale, "x_i8", x_i8)
-    if dtype not in _checks.FLOATS:
-        raise TypeError(f"{op}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    _checks.float_dtype(op, "dtype", dtype)
     return _ops.dequantize_act(x_i8.contiguous(), act_scale.contiguous(), dtype)
 
 

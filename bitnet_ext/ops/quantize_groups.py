@@ -30,6 +30,7 @@ class QuantizedWeight(NamedTuple):
 
 def can_stack(weights: Sequence[Tensor]) -> bool:
     """Whether :func:`quantize_weights` takes these matrices together."""
+    _check_matrices("can_stack", weights)
     first = weights[0]
     alike = all(w.shape[1:] == first.shape[1:] and w.dtype == first.dtype for w in weights)
     here = all(w.device == first.device for w in weights)
@@ -76,6 +77,15 @@ def quantize_weight_groups_(
             order; then the weights are read once, not twice. See :func:`abs_sums_like`.
     """
     op = "quantize_weight_groups_"
+    _checks.sequence(op, "groups", groups, of="list of tensors")
+    _checks.sequence(op, "targets", targets, of="QuantizedWeight")
+    for target in targets:
+        if not isinstance(target, QuantizedWeight):
+            raise TypeError(f"{op}: targets must hold QuantizedWeight, got {_checks.describe(target)}")
+        _checks.tensor(op, "targets", target.packed, dtypes=(torch.uint8, torch.int32))
+        _checks.tensor(op, "targets", target.weight_scale, dtypes=(torch.float32,), dim=1)
+    if abs_sums is not None:
+        _checks.tensor(op, "abs_sums", abs_sums, dtypes=(torch.float64,), dim=1)
     if len(groups) != len(targets):
         raise ValueError(
             f"{op}: targets must have one entry for each of {len(groups)} groups, got {len(targets)}"
@@ -97,6 +107,7 @@ def quantize_weight_groups_(
 
 def abs_sums_like(weights: Sequence[Tensor]) -> Tensor:
     """An empty tensor for the sums of magnitudes of these matrices: float64 [n], n depends on the device."""
+    _check_matrices("abs_sums_like", weights)
     return torch.empty(sum(map(_num_abs_sums, weights)), dtype=torch.float64, device=weights[0].device)
 
 
@@ -106,9 +117,15 @@ def _num_abs_sums(weight: Tensor) -> int:
     return min(blocks, 1024) if weight.device.type == "cuda" else blocks
 
 
+def _check_matrices(op: str, weights: Sequence[Tensor]) -> None:
+    """Float matrices, not necessarily alike."""
+    _checks.sequence(op, "weights", weights)
+    for index, w in enumerate(weights):
+        _checks.tensor(op, f"weights[{index}]", w, dtypes=_checks.FLOATS, dim=2)
+
+
 def _check_weights(op: str, weights: Sequence[Tensor]) -> None:
-    if isinstance(weights, Tensor) or len(weights) == 0:
-        raise ValueError(f"{op}: weights must be a list of at least one tensor, got {type(weights).__name__}")
+    _checks.sequence(op, "weights", weights)
     for index, w in enumerate(weights):
         name = f"weights[{index}]"
         _checks.tensor(op, name, w, dtypes=(weights[0].dtype,) if index else _checks.FLOATS, dim=2)

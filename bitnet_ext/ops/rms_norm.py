@@ -27,8 +27,7 @@ def rms_norm_quantize(x: Tensor, gain: Tensor | None, eps: float = 1e-5) -> tupl
     op = "rms_norm_quantize"
     _checks.tensor(op, "x", x, dtypes=_checks.FLOATS, min_dim=1)
     _checks.at_least_one(op, "x", x.shape[-1], "a last dimension (K)")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
+    _checks.number(op, "eps", eps, minimum=0)
     if gain is not None:
         check_gain(op, "gain", gain, x)
         gain = gain.contiguous()
@@ -158,8 +157,7 @@ def _norm_operands(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
     _checks.tensor(op, "x", x, dtypes=_checks.FLOATS, min_dim=1)
     _checks.at_least_one(op, "x", x.shape[-1], "a last dimension (K)")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
+    _checks.number(op, "eps", eps, minimum=0)
     if gain is not None:
         check_gain(op, "gain", gain, x)
         gain = gain.contiguous()

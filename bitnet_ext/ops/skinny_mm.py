@@ -13,6 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
+from bitnet_ext._differentiation import transforms_active
 from bitnet_ext.ops import _checks
 
 _ops = torch.ops.bitnet_ext
@@ -29,6 +30,9 @@ def prefers_skinny_mm(product: str, T: int, H: int) -> bool:
             library from 64 to 512 tokens; nn, whose tiles of 128 tokens cost the same when half empty, from 96
             tokens on; tn, which goes once over its result for every 128 tokens, up to 256.
     """
+    _checks.one_of("prefers_skinny_mm", "product", product, ("nt", "nn", "tn"))
+    _checks.integer("prefers_skinny_mm", "T", T)
+    _checks.integer("prefers_skinny_mm", "H", H)
     if not (16 <= T <= 512 and 32 <= H <= _MAX_HIDDEN and H % 8 == 0):
         return False
     if product == "nn":
@@ -63,6 +67,11 @@ def takes_skinny_mm(product: str, T: int, H: int, *operands: Tensor) -> bool:
     )
 
 
+def _without_gradient(product: str, T: int, H: int, *operands: Tensor) -> bool:
+    """Whether a kernel computes it: the kernels have no derivative, plain PyTorch has all."""
+    return not transforms_active(*operands) and takes_skinny_mm(product, T, H, *operands)
+
+
 def _check(op: str, left: str, a: Tensor, right: str, b: Tensor) -> None:
     _checks.tensor(op, left, a, dtypes=_FLOAT, dim=2)
     _checks.tensor(op, right, b, dtypes=_FLOAT, dim=2)
@@ -82,7 +91,7 @@ def skinny_mm_nt(hidden: Tensor, weight: Tensor) -> Tensor:
     _check(op, "hidden", hidden, "weight", weight)
     _checks.shape(op, "weight", weight, (weight.shape[0], hidden.shape[1]), "H as hidden has it")
     T, V = hidden.shape[0], weight.shape[0]
-    if V == 0 or not takes_skinny_mm("nt", *hidden.shape, hidden, weight):
+    if V == 0 or not _without_gradient("nt", *hidden.shape, hidden, weight):
         return torch.mm(hidden, weight.t())
     out = hidden.new_empty((T, -(-V // 64) * 64))
     _ops.skinny_mm_nt_(out, hidden.contiguous(), weight.contiguous())
@@ -107,7 +116,7 @@ def skinny_mm_nn(grad: Tensor, weight: Tensor) -> Tensor:
     _check(op, "grad", grad, "weight", weight)
     _checks.shape(op, "weight", weight, (grad.shape[1], weight.shape[1]), "a row for each column of grad")
     T, H = grad.shape[0], weight.shape[1]
-    if not takes_skinny_mm("nn", T, H, grad, weight):
+    if not _without_gradient("nn", T, H, grad, weight):
         return torch.mm(grad, weight)
     out = weight.new_empty((T, H))
     _ops.skinny_mm_nn_(out, grad, weight.contiguous())
@@ -132,7 +141,7 @@ def skinny_mm_tn(grad: Tensor, hidden: Tensor) -> Tensor:
     _check(op, "grad", grad, "hidden", hidden)
     _checks.shape(op, "hidden", hidden, (grad.shape[0], hidden.shape[1]), "a row for each row of grad")
     T, H = hidden.shape
-    if not takes_skinny_mm("tn", T, H, grad, hidden):
+    if not _without_gradient("tn", T, H, grad, hidden):
         return torch.mm(grad.t(), hidden)
     out = hidden.new_empty((grad.shape[1], H))
     _ops.skinny_mm_tn_(out, grad, hidden.contiguous(), False, 0)

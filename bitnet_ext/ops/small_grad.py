@@ -19,6 +19,9 @@ def prefers_small_grad(M: int, N: int, K: int, dtype: torch.dtype = torch.float3
     Measured on an H200 with N and K from 256 to 8,192: float32 up to M = 2,048 and beyond 1.2 to 4 times as fast,
     16-bit gradients, whose products the library computes at full speed, while the launches decide.
     """
+    for name, size in (("M", M), ("N", N), ("K", K)):
+        _checks.integer("prefers_small_grad", name, size)
+    _checks.float_dtype("prefers_small_grad", "dtype", dtype)
     return M <= 2048 if dtype == torch.float32 else M * N * K < 1 << 27
 
 
@@ -55,9 +58,20 @@ def exact_grads_small(
     _checks.shape(op, "grad_y", grad_y, (*x_i8.shape[:-1], grad_y.shape[-1]), "the leading sizes of x_i8")
     _checks.tensor(op, "act_scale", act_scale, dtypes=(torch.float32,))
     _checks.shape(op, "act_scale", act_scale, x_i8.shape[:-1], "one scale a token of x_i8")
+    _checks.tensor(op, "packed", packed, dtypes=(torch.int32,), dim=4)
+    _checks.tensor(op, "weight_scale", weight_scale, dtypes=(torch.float32,))
+    _checks.sizes(op, "segments", segments)
+    _checks.boolean(op, "need_input", need_input)
+    _checks.boolean(op, "need_weight", need_weight)
+    _checks.float_dtype(op, "weight_dtype", weight_dtype)
     if not grad_y.is_cuda:
         raise ValueError(f"{op}: grad_y must be on a CUDA device, got {grad_y.device}")
-    for name, value in (("x_i8", x_i8), ("act_scale", act_scale), ("packed", packed)):
+    for name, value in (
+        ("x_i8", x_i8),
+        ("act_scale", act_scale),
+        ("packed", packed),
+        ("weight_scale", weight_scale),
+    ):
         _checks.same_device(op, name, value, "grad_y", grad_y)
     _checks.at_least_one(op, "grad_y", grad_y.shape[-1], "N")
     _checks.at_least_one(op, "x_i8", x_i8.shape[-1], "K")

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x,
   Tensor sum = new_tensor(shape_of(x), dtype);
   auto* out = static_cast<int8_t*>(x_i8.mutable_data_ptr());
   auto* scale = static_cast<float*>(act_scale.mutable_data_ptr());
-  std::atomic<bool> finite{true};
+  std::atomic<bool> finite{true}, zero_row{false};
   dispatch_float(dtype, [&, M = M, K = K](auto zero) {
     using T = decltype(zero);
     const auto* a = static_cast<const T*>(x.const_data_ptr());
@@ -41,11 +41,15 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x,
         for (int64_t i = m * K; i < (m + 1) * K; ++i) {
           sums[i] = from_float<T>(to_float(a[i]) + to_float(b[i]));
         }
-        if (!quantize_row(sums + m * K, dtype, norm, K, out + m * K, scale + m)) finite = false;
+        float rstd = 0.0f;
+        if (!quantize_row(sums + m * K, dtype, norm, K, out + m * K, scale + m, &rstd)) {
+          finite = false;
+          if (std::isinf(rstd)) zero_row = true;
+        }
       }
     });
   });
-  if (!finite) fail_not_finite(op, "x + residual", norm, K);
+  if (!finite) fail_not_finite(op, "gain", "x + residual", norm, K, zero_row);
   return {x_i8, act_scale, sum};
 }
 

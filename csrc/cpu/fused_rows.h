@@ -86,11 +86,14 @@ inline bool quantize_row(const void* row,
       row, dtype_of(dtype), norm.gain, norm.eps, 1, K, x_i8, act_scale, rstd ? rstd : &unused);
 }
 
-[[noreturn]] inline void fail_not_finite(const char* op, const char* what, const Norm& norm, int64_t K) {
+// `zero_row`: the rstd of a row is Inf.
+[[noreturn]] inline void fail_not_finite(
+    const char* op, const char* gain_arg, const char* what, const Norm& norm, int64_t K, bool zero_row) {
   const bool has_gain = norm.enabled && norm.gain != nullptr;
   if (has_gain && !std::all_of(norm.gain, norm.gain + K, [](float g) { return std::isfinite(g); })) {
-    fail(op, "gain holds NaN or Inf; accepted are finite values");
+    fail(op, gain_arg, " holds NaN or Inf; accepted are finite values");
   }
+  if (zero_row) fail_zero_row(op, gain_arg);
   fail(op,
        what,
        " holds NaN or Inf",

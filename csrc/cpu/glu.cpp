@@ -64,6 +64,7 @@ struct Halves {
 
 // `rstds` [M] is written with the norm only, and may be null.
 void quantize_glu(const char* op,
+                  const char* gain_arg,
                   const Halves& in,
                   bool relu2,
                   const Norm& norm,
@@ -74,7 +75,7 @@ void quantize_glu(const char* op,
                   float* rstds) {
   auto* out = static_cast<int8_t*>(x_i8.mutable_data_ptr());
   auto* scale = static_cast<float*>(act_scale.mutable_data_ptr());
-  std::atomic<bool> finite{true};
+  std::atomic<bool> finite{true}, zero_row{false};
   dispatch_float(in.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto* gates = static_cast<const T*>(in.gate);
@@ -86,13 +87,16 @@ void quantize_glu(const char* op,
         const T* g = gates + m * in.gate_stride;
         const T* u = ups + m * in.up_stride;
         relu2 ? glu_row<Relu2>(g, u, K, h.data()) : glu_row<Silu>(g, u, K, h.data());
-        if (!quantize_row(h.data(), in.dtype, norm, K, out + m * K, scale + m, rstds ? rstds + m : nullptr)) {
+        float rstd = 0.0f;
+        if (!quantize_row(h.data(), in.dtype, norm, K, out + m * K, scale + m, &rstd)) {
           finite = false;
+          if (std::isinf(rstd)) zero_row = true;
         }
+        if (rstds) rstds[m] = rstd;
       }
     });
   });
-  if (!finite) fail_not_finite(op, "act(gate) * up", norm, K);
+  if (!finite) fail_not_finite(op, gain_arg, "act(gate) * up", norm, K, zero_row);
 }
 
 std::tuple<Tensor, Tensor> glu_quantize(const Tensor& gate,
@@ -115,7 +119,7 @@ std::tuple<Tensor, Tensor> glu_quantize(const Tensor& gate,
   Tensor x_i8 = new_tensor(shape_of(gate), ScalarType::Char);
   Tensor act_scale = new_tensor(leading, ScalarType::Float);
   const Halves halves{gate.const_data_ptr(), up.const_data_ptr(), gate_stride, up_stride, gate.scalar_type()};
-  quantize_glu(op, halves, relu2, norm, M, K, x_i8, act_scale, nullptr);
+  quantize_glu(op, "gain", halves, relu2, norm, M, K, x_i8, act_scale, nullptr);
   return {x_i8, act_scale};
 }
 
@@ -160,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> glu_bit_linear(const Tensor& gate_up,
   Tensor act_scale = new_tensor(rows.leading, ScalarType::Float);
   Tensor rstd = new_tensor(normalize ? rows.leading : std::vector<int64_t>{0}, ScalarType::Float);
   auto* rstds = normalize ? static_cast<float*>(rstd.mutable_data_ptr()) : nullptr;
-  quantize_glu(op, halves, relu2, norm, rows.M, rows.K, x_i8, act_scale, rstds);
+  quantize_glu(op, "norm_weight", halves, relu2, norm, rows.M, rows.K, x_i8, act_scale, rstds);
   Tensor y = scaled_product(op, x_i8, act_scale, packed, weight_scale, bias, {}, out_dtype);
   return {y, x_i8, act_scale, rstd};
 }

@@ -67,6 +67,14 @@ inline const float* optional_vector(const char* op,
   return static_cast<const float*>(t->const_data_ptr());
 }
 
+// A norm without epsilon has no value for a row whose mean square is 0: its rstd is Inf, as that of no
+// other row.
+[[noreturn]] inline void fail_zero_row(const char* op, const char* gain_arg) {
+  const std::string gain = gain_arg;
+  const std::string eps = gain == "gain" ? "eps" : gain == "norm_weight" ? "norm_eps" : "first_norm_eps";
+  fail(op, eps, " must be > 0 for a row of zeros (or of values whose squares are 0); got 0, or close to it");
+}
+
 // (x_i8, act_scale)
 std::tuple<Tensor, Tensor> quantize_act(const char* op, const Tensor& x);
 // (x_i8, act_scale, rstd)

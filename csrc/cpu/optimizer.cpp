@@ -201,6 +201,12 @@ struct RowGradient {
   }
 };
 
+void check_slot(const char* op, int32_t slot, int64_t rows, size_t grad, int64_t row) {
+  if (slot >= rows) {
+    fail(op, "slots must be below the ", rows, " rows of grads[", grad, "]; got ", slot, " for row ", row);
+  }
+}
+
 // Without decay; hyper [4].
 AdamStep adam_constants(
     const char* op, const float* hyper, float grad_scale, double beta1, double beta2, double eps) {
@@ -278,6 +284,9 @@ void adam_step_(const std::vector<Tensor>& params,
                     g[i],
                     params[i].size(1),
                     std::vector<float>(static_cast<size_t>(params[i].size(1)))};
+    for (int64_t row = 0; row < params[i].size(0); ++row) {
+      check_slot(op, row_gradient.slots[row], grads[i].size(0), i, row);
+    }
   }
   check_input(op, "hyper", hyper, ScalarType::Float);
   check_vector(op, "hyper", hyper, 4);
@@ -353,6 +362,11 @@ void adam_rows_(const Tensor& param,
   const int64_t V = param.size(0), H = param.size(1), pending = static_cast<int64_t>(grads.size());
   const std::vector<float> zeros(static_cast<size_t>(H));
   const auto* slot = static_cast<const int32_t*>(slots.const_data_ptr());
+  const auto check_row = [&](int64_t row) {
+    for (size_t s = 0; s < grads.size(); ++s) {
+      check_slot(op, slot[static_cast<int64_t>(s) * V + row], grads[s].size(0), s, row);
+    }
+  };
   const auto update = [&](int64_t row) {
     int64_t first = pending - 1;
     while (first > 0 && slot[first * V + row] < 0) --first;
@@ -363,6 +377,7 @@ void adam_rows_(const Tensor& param,
     }
   };
   if (!ids.has_value()) {
+    for (int64_t row = 0; row < V; ++row) check_row(row);
     parallel_for(0, V, grain_for(H * 24), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) update(row);
     });
@@ -370,8 +385,12 @@ void adam_rows_(const Tensor& param,
   }
   check_input(op, "ids", *ids, ScalarType::Long);
   const auto* id = static_cast<const int64_t*>(ids->const_data_ptr());
+  const auto is_first = [&](int64_t t) { return id[t] >= 0 && id[t] < V && slot[pending * V + id[t]] == t; };
   for (int64_t t = 0; t < ids->numel(); ++t) {
-    if (id[t] >= 0 && id[t] < V && slot[pending * V + id[t]] == t) update(id[t]);
+    if (is_first(t)) check_row(id[t]);
+  }
+  for (int64_t t = 0; t < ids->numel(); ++t) {
+    if (is_first(t)) update(id[t]);
   }
 }
 

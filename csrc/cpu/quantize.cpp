@@ -65,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize_and_quantize(
     const bool gain_finite =
         !gains || std::all_of(gains, gains + K, [](float g) { return std::isfinite(g); });
     if (!gain_finite) fail(op, gain_arg, " holds NaN or Inf; accepted are finite values");
+    if (std::any_of(rstds, rstds + M, [](float r) { return std::isinf(r); })) fail_zero_row(op, gain_arg);
     fail(op,
          "x holds NaN or Inf",
          gains ? " (by itself or multiplied by the gain)" : "",

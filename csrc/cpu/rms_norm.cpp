@@ -54,6 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize_rows(const char* op,
       });
     });
   });
+  if (std::any_of(rstds, rstds + M, [](float r) { return std::isinf(r); })) fail_zero_row(op, gain_arg);
   return {y, sum, rstd};
 }
 

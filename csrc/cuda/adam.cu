@@ -10,7 +10,8 @@
 // the weight were read again. lr, the decay and the bias corrections are read from the device, so that a
 // captured graph can be replayed with other values; a NaN as grad_scale (grad_norm.cu) means: no step. The
 // gradient of one tensor may be given as rows (row_gradient.cu): other rows have gradient 0, which is not
-// read.
+// read. A slot beyond these rows cannot throw here: nothing is read, and the gradient is NaN, which shows in
+// that row of param and of the moments.
 #include "cuda/adam.h"
 #include "cuda/common/adam_update.cuh"
 #include "cuda/common/launch.cuh"
@@ -36,20 +37,28 @@ __device__ __forceinline__ void load_row_gradient(const float* grad,
                                                   bool aligned,
                                                   float (&g)[kVec]) {
   const uint32_t width = settings.row_width;
+  float absent = 0.0f;  // the gradient where nothing is read
   const auto at = [&](int64_t place) -> const float* {
     const uint32_t element = static_cast<uint32_t>(place);  // a 64-bit division would take 70 instructions
     const uint32_t row = element / width;
     const int32_t slot = settings.slots[row];
-    return slot < 0 ? nullptr : grad + static_cast<int64_t>(slot) * width + (element - row * width);
+    absent = slot < 0 ? 0.0f : __uint_as_float(0x7fffffffu);
+    if (static_cast<uint32_t>(slot) >= settings.num_rows) return nullptr;
+    return grad + static_cast<int64_t>(slot) * width + (element - row * width);
   };
   if (aligned) {
     const float* source = at(i);
-    load_floats(source, source == nullptr ? 0 : valid, source != nullptr, g);
+    if (source != nullptr) {
+      load_floats(source, valid, true, g);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) g[j] = absent;
+    }
   } else {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
       const float* source = j < valid ? at(i + j) : nullptr;
-      g[j] = source == nullptr ? 0.0f : *source;
+      g[j] = j >= valid ? 0.0f : source == nullptr ? absent : *source;
     }
   }
 }

@@ -53,6 +53,7 @@ struct AdamSettings {
   const float* grad_scale;  // []; NaN leaves all tensors as they are
   const int32_t* slots;     // of the tensor with kRows: the row of grad for each row of param, or -1 for none
   uint32_t row_width;       // its columns
+  uint32_t num_rows;        // of its grad; a slot beyond them is not read and makes that row of param NaN
   double* abs_sums;         // partial sums of the new |param| of ternary tensors, or null
 };
 
@@ -74,6 +75,7 @@ struct AdamRowsArgs {
   float* exp_avg_sq;                          // [V, H]
   const float* grad[kMaxPendingSteps];        // [.., H] of each step; slots says whose rows these are
   const float* grad_scale[kMaxPendingSteps];  // [] of each step; from the first NaN on no update is made
+  uint32_t num_rows[kMaxPendingSteps];        // of grad; a slot beyond them makes that row of param NaN
   const float* hyper;    // of each step four values as in AdamSettings, hyper_stride apart
   const int32_t* slots;  // [steps (+ 1 with ids), V]: the row of grad, or -1 for none
   const int64_t* ids;    // [T], of the next step, whose places are slots[steps]

@@ -5,6 +5,9 @@
 //     the updates of steps u .. n - 1, one after the other, in u with grad[u][slots[u, row]] as the
 //     gradient, or 0 without a slot, in the others with 0
 //
+// A slot beyond the rows of grad[u] cannot throw here: nothing is read, and the gradient is NaN, which shows
+// in that row of param and of the moments.
+//
 // A step of few tokens reads few rows, and what Adam does to any other row needs nothing but the row. So
 // before a step only the rows of its tokens are brought up to date, and behind the last of the steps all rows
 // are, each element read and written once for all of them. No row needs a stamp: it was brought up to date
@@ -93,7 +96,11 @@ __global__ void __launch_bounds__(kTokenThreads) adam_rows_kernel(const __grid_c
     p[0] = args.param[i];
     m[0] = args.exp_avg[i];
     v[0] = args.exp_avg_sq[i];
-    if (first.slot >= 0) g[0] = args.grad[first.step][first.slot * args.H + column];
+    if (static_cast<uint32_t>(first.slot) < args.num_rows[first.step]) {
+      g[0] = args.grad[first.step][first.slot * args.H + column];
+    } else if (first.slot >= 0) {
+      g[0] = __uint_as_float(0x7fffffffu);
+    }
   }
   if (threadIdx.x < 32) load_steps(args, steps);
   __syncthreads();
@@ -160,7 +167,12 @@ __global__ void __launch_bounds__(kThreads, 4)
     int s = first.step;
     if (first.slot >= 0 && s < count) {
       float g[kVec] = {};
-      load_once<kWhole>(args.grad[s] + static_cast<int64_t>(first.slot) * args.H + column, valid, g);
+      if (static_cast<uint32_t>(first.slot) < args.num_rows[s]) {
+        load_once<kWhole>(args.grad[s] + static_cast<int64_t>(first.slot) * args.H + column, valid, g);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) g[j] = __uint_as_float(0x7fffffffu);
+      }
       adam_update(args.rule, steps.factors[s], g, values.p, values.m, values.v);
       ++s;
     }

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) transpose_int8_kernel(const int8_t* 
     int64_t token = -1;
     if (place < width) token = order != nullptr ? order[place] : place < M ? place : -1;
     vectors[i] = make_uint4(0, 0, 0, 0);
-    if (token < 0 || col >= K) continue;
+    if (token < 0 || token >= M || col >= K) continue;  // other places of order count as none
     const int8_t* source = x + token * K + col;
     vectors[i] = aligned_in ? *reinterpret_cast<const uint4*>(source) : load_bytes_16(source, K - col);
   }

@@ -1,6 +1,7 @@
 // Operators of the optimiser: the gradient norm, clipping and Adam, all tensors in one call.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -172,6 +173,11 @@ std::vector<float*> matching_data(const LaunchContext& context,
   return pointers;
 }
 
+// Of a gradient by rows; slots are int32, so more rows than those are as good as that.
+uint32_t num_rows_of(const Tensor& grad) {
+  return static_cast<uint32_t>(std::min<int64_t>(grad.size(0), int64_t{1} << 31));
+}
+
 AdamRule adam_rule(double beta1, double beta2, double eps, bool decoupled) {
   AdamRule rule = {};
   rule.beta1 = static_cast<float>(beta1);
@@ -230,6 +236,7 @@ void adam_step_(const std::vector<Tensor>& params,
     context.check_input("slots", *slots, ScalarType::Int);
     settings.slots = const_data<int32_t>(*slots);
     settings.row_width = static_cast<uint32_t>(params[static_cast<size_t>(row_param)].size(1));
+    settings.num_rows = num_rows_of(grads[static_cast<size_t>(row_param)]);
   }
   AdamTable table = {};
   uint32_t end = 0, sums = 0;
@@ -312,6 +319,7 @@ void adam_rows_(const Tensor& param,
     context.check_input(item("grads", s).c_str(), grads[s], ScalarType::Float);
     context.check_input(item("grad_scales", s).c_str(), grad_scales[s], ScalarType::Float);
     args.grad[s] = const_data<float>(grads[s]);
+    args.num_rows[s] = num_rows_of(grads[s]);
     args.grad_scale[s] = const_data<float>(grad_scales[s]);
     bits |= reinterpret_cast<uintptr_t>(args.grad[s]);
   }
