@@ -9,14 +9,23 @@ import sys
 from typing import Any
 
 _HELP = re.compile(r"^HELP:(.*)$", re.MULTILINE)
+_FIELDS = re.compile(r"^FIELDS: TrainConfig$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
+    markdown = _FIELDS.sub(lambda _: _fields(), markdown)
     return _HELP.sub(lambda match: _help(match[1].split()), markdown)
 
 
+def _fields() -> str:
+    """The docstring of TrainConfig, which is made from the words of its fields."""
+    code = "import bitnet_ext_cli; from bitnet_ext.training.config import TrainConfig; print(TrainConfig.__doc__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return f"```text\n{done.stdout}```"
+
+
 def _help(command: list[str]) -> str:
-    code = f"import sys; sys.argv[0] = 'bitnet-ext'; from bitnet_ext_cli import main; sys.exit(main({[*command, '--help']}))"
+    code = f"import sys; sys.argv = {['bitnet-ext', *command, '--help']}; from bitnet_ext_cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -46,7 +46,9 @@ def test_page(page: str, folder: Path) -> None:
     found = blocks(page)
     assert found
     for language, text in found:
-        command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
+        command = (
+            ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
+        )
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
         )

@@ -245,11 +245,11 @@ def test_metadata() -> None:
     }
     assert required == {"torch", "numpy", "tiktoken", "safetensors", "tqdm", "matplotlib", "pillow", "scipy"}
     extras = set(distribution.metadata.get_all("Provides-Extra") or [])
-    assert extras == {"examples", "datasets", "tensorboard", "test", "dev"}
+    assert extras == {"examples", "datasets", "tensorboard", "hf", "docs", "test", "dev"}
 
 
 def test_command_info_prints_json() -> None:
-    assert json.loads(command("info")) == bitnet_ext.build_info()
+    assert json.loads(command("info", "--json")) == bitnet_ext.build_info()
 
 
 def test_command_help_lists_the_subcommands() -> None:

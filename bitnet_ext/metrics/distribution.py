@@ -93,7 +93,7 @@ class PredictionStatistics:
 
     Raises:
         ValueError: for a distribution of another length, with infinite entries, or not summing to 1 within
-        1e-3.
+            1e-3.
     """
 
     def __init__(
