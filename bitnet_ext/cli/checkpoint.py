@@ -1,15 +1,16 @@
-"""The settings and the text of the run that a path on the command line means. Imports torch."""
+"""Settings, text and weights of the run or model that a path on the command line means. Imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bitnet_ext.data import CORPORA, Corpus, corpus_from_source, load_corpus
-from bitnet_ext.data.tokenizer_files import tokenizer_from_record
-from bitnet_ext.formats.pretrained import is_pretrained, read_config
-from bitnet_ext.training.checkpoint import CheckpointError, read_state, resolve_checkpoint
+from bitnet_ext.data.tokenizer_files import RECORD_FILE, load_tokenizer, tokenizer_from_record
+from bitnet_ext.formats.pretrained import from_pretrained, is_pretrained, read_config
+from bitnet_ext.models import BitNetConfig
+from bitnet_ext.training.checkpoint import Checkpoint, CheckpointError, read_state, resolve_checkpoint
 
 
 def run_state(path: Path) -> dict[str, Any] | None:
@@ -28,28 +29,54 @@ def run_state(path: Path) -> dict[str, Any] | None:
     return state
 
 
+class InitialWeights(NamedTuple):
+    """With what a run begins that takes over the weights of a model (--init-from)."""
+
+    network: BitNetConfig
+    weights: Checkpoint | Path
+    tokenizer: Any
+
+
+def initial_weights(path: Path) -> InitialWeights:
+    """Network, weights and tokenizer of a run, of a checkpoint, or of a model exported in training form.
+
+    Raises:
+        ValueError: the path holds none of them, or a packed model, which has no weights to train.
+    """
+    if is_pretrained(path):
+        if read_config(path)["form"] == "packed":
+            raise ValueError(
+                f"train: --init-from {path} is a packed model, which has no weights to train: name the run that it was "
+                "exported from, or export that with --no-packed"
+            )
+        model = from_pretrained(path)
+        weights = Checkpoint(path, 0, model.state_dict(), {}, {})
+        return InitialWeights(model.config, weights, _own_tokenizer(None, path))
+    folder = resolve_checkpoint(path)
+    state = read_state(folder)["state"]
+    config = state.get("model_config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"checkpoint {folder} holds no BitNetConfig: it is of another model")
+    return InitialWeights(BitNetConfig.from_dict(config), folder, _own_tokenizer(_source(state), folder))
+
+
 def corpus_of(state: Mapping[str, Any] | None, path: Path, data: str | None, tokenizer: str | None) -> Corpus:
-    """The text that the command line names, else that of the run at `path`.
+    """The text that the command line names, else that of the model at `path`, in the ids of its tokenizer.
 
     Args:
-        state: of the run's checkpoint. data, tokenizer: of the command line, or None.
+        state: of the run's checkpoint; None for an exported model.
+        data, tokenizer: of the command line, or None for those of the model.
 
     Raises:
         ValueError: neither names a text; the run's text has changed or is gone.
     """
     source = _source(state)
-    if tokenizer is None and data is not None:
-        record = _tokenizer_record(source)
-        chosen: Any = "gpt2" if record is None else tokenizer_from_record(record)
-        return load_corpus(data, tokenizer=chosen)
-    if data is not None:
-        return load_corpus(data, tokenizer=tokenizer)
-    if source is None:
-        told = _exported_text(path)
-        if told is None:
-            raise ValueError(f"{path} does not tell its text: name it with --data")
-        return load_corpus(told, tokenizer=tokenizer or "gpt2")
-    return corpus_from_source(source, tokenizer=tokenizer)
+    if data is None and source is not None:
+        return corpus_from_source(source, tokenizer=tokenizer)
+    text = _exported_text(path) if data is None else data
+    if text is None:
+        raise ValueError(f"{path} does not tell its text: name it with --data")
+    return load_corpus(text, tokenizer=_own_tokenizer(source, path) if tokenizer is None else tokenizer)
 
 
 def _exported_text(path: Path) -> str | None:
@@ -66,6 +93,9 @@ def _source(state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return source if isinstance(source, Mapping) else None
 
 
-def _tokenizer_record(source: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _own_tokenizer(source: Mapping[str, Any] | None, path: Path) -> Any:
+    """The tokenizer of the checkpoint or of the exported model; GPT-2's where none is recorded."""
     record = None if source is None else source.get("tokenizer")
-    return record if isinstance(record, dict) else None
+    if isinstance(record, dict):
+        return tokenizer_from_record(record)
+    return load_tokenizer(path if (path / RECORD_FILE).is_file() else "gpt2")

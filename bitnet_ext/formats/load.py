@@ -65,7 +65,7 @@ def load_model(
         path = _checkpoint_folder(path)
         model = load_checkpoint(path, device)
         if dtype is not None:
-            _cast(model, dtype)
+            model.to(dtype)
     return LoadedModel(model, _tokenizer(path, model.config.vocab_size, tokenizer))
 
 
@@ -108,15 +108,8 @@ def export(
     if packed and not is_packed:
         model = pack_model(model, inplace=True, head=head)
     if dtype is not None:
-        _cast(model, dtype)
+        model.to(dtype)
     return save_pretrained(model, out, found, about=about)
-
-
-def _cast(model: BitNetForCausalLM, dtype: torch.dtype) -> None:
-    """Casts the parameters. The rotary table stays exact: rounded angles would be another model."""
-    cos, sin = model.cos, model.sin
-    model.to(dtype)
-    model.cos, model.sin = cos, sin
 
 
 def _checkpoint_folder(path: Path) -> Path:
