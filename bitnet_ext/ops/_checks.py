@@ -85,6 +85,11 @@ def tensor(
         raise TypeError(f"{op}: {name} must be a {names} tensor, got {describe(value)}")
     if value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must be of dtype {names}, got {describe(value)}")
+    if value.is_nested:
+        raise ValueError(
+            f"{op}: {name} must be a plain tensor, got a nested one (nn.TransformerEncoder makes none with "
+            "use_nested_tensor = False)"
+        )
     if dim is not None and value.dim() != dim:
         raise ValueError(f"{op}: {name} must have {dim} dimensions, got {describe(value)}")
     if value.dim() < min_dim:
