@@ -121,6 +121,10 @@ def test_resume_forms(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             "--model collapse-128 is not the network of the run",
         ),
         (["--resume", str(run), "--quantization", "none"], "--quantization is none, but the run in"),
+        (
+            ["--resume", str(run), "--model", "collapse-64", "--quantization", "none"],
+            "--quantization is none, but the run in",
+        ),
         (["--resume", str(run), "--document-masks"], "--document-masks is given, but the run in"),
         (["--resume", str(run), "--out", str(tmp_path)], "name two folders"),
         (["--resume", str(tmp_path / "nothing")], "holds no checkpoint to go on from"),

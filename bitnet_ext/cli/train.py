@@ -267,17 +267,14 @@ def _again(args: argparse.Namespace, out: Path, state: dict[str, Any]) -> tuple[
                 "goes on with its own settings (--init-from begins another run with its weights)"
             )
     config = BitNetConfig.from_dict(network)
-    asked = {"quantization": args.quantization} if args.quantization is not None else {}
-    if args.model is not None:
-        wanted = preset(
-            args.model, vocab_size=config.vocab_size, **{"quantization": config.quantization, **asked}
-        )
-        if wanted != config:
-            raise ValueError(f"train: --model {args.model} is not the network of the run in {out}")
-    elif asked and asked["quantization"] != config.quantization:
+    if args.quantization not in (None, config.quantization):
         raise ValueError(
             f"train: --quantization is {args.quantization}, but the run in {out} has {config.quantization}"
         )
+    if args.model is not None:
+        wanted = preset(args.model, vocab_size=config.vocab_size, quantization=config.quantization)
+        if wanted != config:
+            raise ValueError(f"train: --model {args.model} is not the network of the run in {out}")
     corpus = corpus_of(state, out, args.data, args.tokenizer)
     free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
     settings = TrainConfig.from_dict(known.to_dict() | free)
