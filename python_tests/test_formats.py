@@ -106,6 +106,15 @@ def test_another_dtype_is_that_of_a_cast(form: str, tmp_path: Path) -> None:
     }
 
 
+def test_files_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_pretrained(build("packed"), tmp_path / "model", "gpt2", max_shard_bytes=8000)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "model").iterdir()} == {"0o644"}
+
+
 def test_a_loaded_model_can_be_trained(tmp_path: Path) -> None:
     model = build("training")
     save_pretrained(model, tmp_path / "model")

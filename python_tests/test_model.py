@@ -241,6 +241,14 @@ def test_convert_and_pack_a_foreign_model() -> None:
         pack_model(torch.nn.Linear(3, 3))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("packed", [False, True])
+def test_tracing_is_refused_in_one_sentence(packed: bool) -> None:
+    for module, x in ((BitNetForCausalLM(GROUPED, seed=0), ids(1, 5)), (BitLinear(32, 8), torch.ones(2, 32))):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace .* not supported; use torch\.export"):
+            torch.jit.trace(pack_model(module) if packed else module, x)
+
+
 def test_packing_refuses_nan() -> None:
     layer = BitLinear(8, 8)
     with torch.no_grad():

@@ -190,10 +190,10 @@ def test_an_exported_model_keeps_its_own_tokenizer(
         if more is not None:
             assert cli.main(["export", str(run), str(path), *more]) == 0
         capsys.readouterr()
-        evaluate = ["eval", str(path), "--data", str(text), "--device", "cpu", "--seq-len", "16", "--json"]
+        evaluate = ["eval", str(path), "--data", str(text), "--device", "cpu", "--json"]  # in rows as trained
         assert cli.main(evaluate) == 0
         found.append(json.loads(capsys.readouterr().out))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1] == found[2] and found[0]["seq_len"] == 16
     heldout = load_corpus(text, tokenizer=str(tmp_path / "elsewhere")).heldout
     assert found[0]["tokens"] == len(heldout) - 1
     # Fine-tuning takes the tokenizer over too, from a run as from an export.

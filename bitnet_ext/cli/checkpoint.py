@@ -60,6 +60,12 @@ def initial_weights(path: Path) -> InitialWeights:
     return InitialWeights(BitNetConfig.from_dict(config), folder, _own_tokenizer(_source(state), folder))
 
 
+def training_numbers(state: Mapping[str, Any] | None, path: Path) -> dict[str, int]:
+    """The settings of the training, where they are integers, that a checkpoint or an exported model tells."""
+    told = _about(path).get("training") if state is None else state.get("train_config")
+    return {k: v for k, v in told.items() if isinstance(v, int)} if isinstance(told, Mapping) else {}
+
+
 def corpus_of(state: Mapping[str, Any] | None, path: Path, data: str | None, tokenizer: str | None) -> Corpus:
     """The text that the command line names, else that of the model at `path`, in the ids of its tokenizer.
 
@@ -81,11 +87,14 @@ def corpus_of(state: Mapping[str, Any] | None, path: Path, data: str | None, tok
 
 def _exported_text(path: Path) -> str | None:
     """The corpus that an exported model was trained on, where it is one that everybody has."""
-    if not is_pretrained(path):
-        return None
-    source = (read_config(path).get("about") or {}).get("source")
+    source = _about(path).get("source")
     name = source.get("name") if isinstance(source, dict) else None
     return name if name in CORPORA else None
+
+
+def _about(path: Path) -> Mapping[str, Any]:
+    about = read_config(path).get("about") if is_pretrained(path) else None
+    return about if isinstance(about, Mapping) else {}
 
 
 def _source(state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -28,6 +28,10 @@ _GPT2_SIZES = range(GPT2_VOCAB_SIZE, 50304 + 1)
 _TOLD = ("name", "description", "fingerprint", "num_tokens", "vocab_size")
 
 
+# Of a run's settings: with which its loss was measured.
+_EVALUATED_WITH = ("seq_len", "document_separator")
+
+
 class LoadedModel(NamedTuple):
     """A model and its tokenizer; None where nothing says which it is."""
 
@@ -160,13 +164,15 @@ def _unless_object(path: Path) -> Tokenizer | None:
 
 
 def _origin(run: Path) -> dict[str, Any]:
-    """Step and text of a checkpoint, and what a folder says about itself."""
+    """Step, context and text of a checkpoint, and what a folder says about itself."""
     if is_pretrained(run):
         return dict(read_config(run).get("about") or {})
     folder = _checkpoint_folder(run)
     content = read_state(folder)
     about: dict[str, Any] = {"step": content["step"]}
-    source = content["state"].get("source")
+    settings, source = (content["state"].get(key) for key in ("train_config", "source"))
+    if isinstance(settings, dict):
+        about["training"] = {key: settings[key] for key in _EVALUATED_WITH if key in settings}
     if isinstance(source, dict):
         about["source"] = {key: source[key] for key in _TOLD if key in source}
     return about
