@@ -225,6 +225,21 @@ def test_the_package_registers_its_operators_on_import(tmp_path: Path) -> None:
         bitnet_ext.training.Trainers  # noqa: B018
 
 
+def test_packages_are_attributes_and_imported_when_used(tmp_path: Path) -> None:
+    code = (
+        "import sys, bitnet_ext;"
+        "names = [n for n in bitnet_ext.__all__ if n not in ('__version__', 'build_info', 'ops')];"
+        "early = [n for n in names if f'bitnet_ext.{n}' in sys.modules];"
+        "assert not early, early;"
+        "assert {'collapse', 'data', 'formats', 'inference', 'metrics', 'models', 'nn', 'training'} <= set(names);"
+        "assert set(bitnet_ext.__all__) <= set(dir(bitnet_ext));"
+        "assert [n for n in names if getattr(bitnet_ext, n) is not sys.modules[f'bitnet_ext.{n}']] == [];"
+        "bitnet_ext.nn.BitLinear(8, 8); bitnet_ext.formats.load_model; bitnet_ext.training.Trainer"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+
+
 def test_the_quantizations_of_models_and_layers_are_the_same() -> None:
     assert config.QUANTIZATIONS == QUANTIZATIONS
 

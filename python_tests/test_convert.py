@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -319,6 +321,71 @@ def test_an_encoder_layer_is_ternary_in_every_mode(skip: tuple[str, ...], settin
     with torch.no_grad():
         torch.testing.assert_close(packed(x), trained, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(copy.deepcopy(packed)(x), trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear1", "linear2"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True}, {"bias": True, "norm": True, "quantization": "none"}], ids=str
+)
+def test_a_layer_put_into_an_encoder_layer_by_hand_is_called(name: str, options: dict[str, Any]) -> None:
+    layer = encoder_layer()
+    old = getattr(layer, name)
+    new = BitLinear(old.in_features, old.out_features, **options)
+    setattr(layer, name, new)
+    if new.norm_weight is not None:
+        nn.init.uniform_(new.norm_weight, 0.5, 2.0)
+    x = torch.randn(2, 5, 32)
+    trained = layer(x)
+    for served in (layer.eval(), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with torch.no_grad():
+            torch.testing.assert_close(served(x), trained, rtol=1e-5, atol=1e-5)
+    if new.is_quantized:
+        other = encoder_layer().eval()
+        other.load_state_dict(layer.state_dict(), strict=False)
+        setattr(other, name, pack_model(new))
+        with torch.no_grad():
+            torch.testing.assert_close(other(x), trained, rtol=1e-5, atol=1e-5)
+
+
+def test_a_float_layer_put_into_an_encoder_layer_leaves_the_fast_path() -> None:
+    layer = encoder_layer()
+    layer.linear1 = BitLinear(32, 64, bias=True, quantization="none")
+    layer.linear2 = nn.Linear(64, 32)
+    assert layer.activation_relu_or_gelu == 1
+    attention = nn.MultiheadAttention(32, 4)
+    attention.out_proj = BitLinear(32, 32, bias=True, quantization="none")
+
+
+@pytest.mark.parametrize("make", [lambda: BitLinear(32, 32), lambda: pack_model(BitLinear(32, 32))])
+def test_a_projection_that_attention_would_not_call_is_refused(make: Callable[[], nn.Module]) -> None:
+    attention = nn.MultiheadAttention(32, 4)
+    old = attention.out_proj
+    for put in (lambda m: setattr(attention, "out_proj", m), lambda m: attention.add_module("out_proj", m)):
+        with pytest.raises(
+            ValueError, match=r"MultiheadAttention: out_proj must be an nn\.Linear, got \w*BitLi"
+        ):
+            put(make())
+    assert attention.out_proj is old
+
+
+def test_nested_tensors_are_refused_in_one_sentence() -> None:
+    encoder = nn.TransformerEncoder(encoder_layer(), 1)
+    layer = encoder.layers[0].linear1 = BitLinear(32, 64)
+    x, padding = torch.randn(2, 3, 32), torch.tensor([[False] * 3, [False, True, True]])
+    trained = encoder(x, src_key_padding_mask=padding)
+    encoder.eval()
+    nested = torch.nested.nested_tensor([x[0], x[1, :1]])
+    with torch.no_grad():
+        for call in (
+            lambda: encoder(x, src_key_padding_mask=padding),
+            lambda: layer(nested),
+            lambda: pack_model(layer)(nested),
+        ):
+            with pytest.raises(ValueError, match="x must be a plain tensor, got a nested one"):
+                call()
+        encoder.use_nested_tensor = False
+        served = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(served[~padding], trained[~padding], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -278,6 +278,17 @@ def test_a_healthy_plain_run(tmp_path: Path) -> None:
     assert found.kind == NONE and any("over-confidence" in each for each in found.not_judged)
 
 
+def test_evaluations_without_word_counts_leave_the_unigram_stage_open(tmp_path: Path) -> None:
+    """As the trainer writes them with --eval-interval."""
+    run = train(tmp_path / "run", config(steps=60, lr=3e-3, seed=41), evaluator=None)
+    row = {"kind": "eval", "step": 60, "heldout_cross_entropy": 4.0, "heldout_perplexity": math.exp(4.0)}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    found = told(run)
+    assert found.kind == NONE
+    assert any("unigram stage" in each and "--data NAME|PATH" in each for each in found.not_judged)
+
+
 @pytest.mark.parametrize("quantization", ["b1.58", "none"])
 @pytest.mark.parametrize(
     "shape",

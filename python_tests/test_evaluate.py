@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from bitnet_ext import metrics
+from bitnet_ext.data import load_corpus
 from bitnet_ext.models import BitNetForCausalLM, preset
 from bitnet_ext.nn import pack_model
 
@@ -121,3 +123,10 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     values = {"tokens": tokens(), **arguments}
     with pytest.raises(ValueError, match=message):
         metrics.evaluate(model(), values.pop("tokens"), **values)
+
+
+def test_a_corpus_is_told_to_give_a_part(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"Line {n}.\n" for n in range(200)))
+    corpus = load_corpus(tmp_path / "text.txt", cache_dir=tmp_path, progress=False)
+    with pytest.raises(TypeError, match=r"got a corpus: give its part, such as corpus\.heldout"):
+        metrics.evaluate(model(), corpus)  # type: ignore[arg-type]

@@ -173,7 +173,6 @@ def test_export(tmp_path: Path) -> None:
     export(tmp_path / "run", tmp_path / "int8", head="int8", dtype=torch.bfloat16)
     int8 = from_pretrained(tmp_path / "int8")
     expected = pack_model(build(), head="int8").bfloat16()
-    expected.cos, expected.sin = model.cos, model.sin  # a cast rounds the rotary table
     assert torch.equal(logits(int8), logits(expected))
     export(tmp_path / "run", tmp_path / "training", packed=False)
     training = from_pretrained(tmp_path / "training")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from bitnet_ext.inference import generate
 from bitnet_ext.models import PRESETS, BitNetConfig, BitNetForCausalLM, KVCache, preset
+from bitnet_ext.models.transformer import rotary_table
 from bitnet_ext.nn import BitLinear, PackedBitLinear, convert_linear, pack_model
 from bitnet_ext.testing.twin import TwinModel
 
@@ -202,6 +204,18 @@ def test_a_model_cast_to_bfloat16_runs(device: str, quantization: str) -> None:
     assert similarity > (0.99 if quantization == "none" else 0.8)  # bf16 latents move some codes
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_leaves_the_rotary_table_exact(dtype: torch.dtype) -> None:
+    model = BitNetForCausalLM(GROUPED, seed=0)
+    cos, sin = rotary_table(model.config)
+    inside = torch.nn.Sequential(copy.deepcopy(model)).to(dtype)[0]
+    for cast in (copy.deepcopy(model).to(dtype), copy.deepcopy(model).to("cpu", dtype), inside):
+        assert cast.embed_tokens.weight.dtype == dtype
+        assert torch.equal(cast.cos, cos) and torch.equal(cast.sin, sin) and cast.cos.dtype == torch.float32
+    moved = copy.deepcopy(model).to("meta", dtype)
+    assert moved.cos.is_meta and moved.sin.is_meta and moved.cos.dtype == torch.float32
+
+
 def test_convert_and_pack_a_foreign_model() -> None:
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
@@ -225,6 +239,14 @@ def test_convert_and_pack_a_foreign_model() -> None:
         convert_linear(torch.nn.ReLU())
     with pytest.raises(ValueError, match="must hold a quantised BitLinear"):
         pack_model(torch.nn.Linear(3, 3))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("packed", [False, True])
+def test_tracing_is_refused_in_one_sentence(packed: bool) -> None:
+    for module, x in ((BitNetForCausalLM(GROUPED, seed=0), ids(1, 5)), (BitLinear(32, 8), torch.ones(2, 32))):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace .* not supported; use torch\.export"):
+            torch.jit.trace(pack_model(module) if packed else module, x)
 
 
 def test_packing_refuses_nan() -> None:

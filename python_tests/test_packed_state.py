@@ -129,6 +129,19 @@ def test_packed_layers_give_shapes_on_meta() -> None:
         assert y.requires_grad == x.requires_grad
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_training_form_gives_shapes_on_meta(norm: bool) -> None:
+    layer = BitLinear(66, 48, norm=norm, device="meta")
+    x = torch.empty(2, 3, 66, device="meta", requires_grad=True)
+    y = layer(x)
+    assert y.is_meta and y.shape == (2, 3, 48) and y.dtype == torch.float32
+    y.sum().backward()
+    assert x.grad.shape == x.shape and layer.weight.grad.shape == (48, 66)
+    with torch.device("meta"):
+        model = BitNetForCausalLM(CONFIG)
+    assert model(torch.zeros(2, 9, dtype=torch.int64, device="meta")).shape == (2, 9, CONFIG.vocab_size)
+
+
 def test_the_float_weight_of_a_packed_layer() -> None:
     """Shape, dtype and device can be asked for; whatever computes with the values gets one sentence."""
     layers = PackedBitLinear.from_bit_linear(BitLinear(10, 6)), Int8Linear.from_linear(nn.Linear(10, 6))

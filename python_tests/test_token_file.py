@@ -355,6 +355,23 @@ def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path: Path) -> Non
     assert (old.exists(), new.exists(), other.exists()) == (False, True, True)
 
 
+def test_the_cache_is_freed_of_what_killed_writers_of_other_texts_left(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    old, new = (
+        cache / ".gone.txt-train-12ab.tokens.1-ab.tmp",
+        cache / ".gone.txt-heldout-12ab.tokens.1-ab.tmp",
+    )
+    foreign = cache / ".notes.1-ab.tmp"
+    for path in (old, new, foreign):
+        path.write_bytes(b"half")
+    for path in (old, foreign):
+        os.utime(path, (1, 1))
+    (tmp_path / "text.txt").write_text("A text.")
+    tokenize_cached(tmp_path / "text.txt", cache)
+    assert (old.exists(), new.exists(), foreign.exists()) == (False, True, True)
+
+
 TEXT = "One line.\n\n  A second paragraph, indented;\nthe end of it.\n" * 50
 
 

@@ -15,7 +15,7 @@ import torch
 
 from bitnet_ext import cli, metrics
 from bitnet_ext.data import load_corpus
-from bitnet_ext.training import TrainConfig, load_model, read_checkpoint
+from bitnet_ext.training import CheckpointError, TrainConfig, load_model, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "collapse-64", "--batch-size", "2", "--seq-len", "16", "--device", "cpu"]
@@ -121,6 +121,10 @@ def test_resume_forms(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             "--model collapse-128 is not the network of the run",
         ),
         (["--resume", str(run), "--quantization", "none"], "--quantization is none, but the run in"),
+        (
+            ["--resume", str(run), "--model", "collapse-64", "--quantization", "none"],
+            "--quantization is none, but the run in",
+        ),
         (["--resume", str(run), "--document-masks"], "--document-masks is given, but the run in"),
         (["--resume", str(run), "--out", str(tmp_path)], "name two folders"),
         (["--resume", str(tmp_path / "nothing")], "holds no checkpoint to go on from"),
@@ -158,6 +162,57 @@ def test_init_from_begins_a_run_with_weights(
     capsys.readouterr()
     assert cli.main([*tune, "--out", str(tmp_path / "other"), "--model", "collapse-64"]) == 2
     assert "--model has no meaning with --init-from" in capsys.readouterr().err
+
+
+def byte_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer.json whose ids are the bytes of a text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    folder.mkdir()
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_an_exported_model_keeps_its_own_tokenizer(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, run = byte_tokenizer(tmp_path / "bytes"), tmp_path / "run"
+    words = ["--data", str(text), "--steps", "2", "--batch-size", "2", "--seq-len", "16", "--device", "cpu"]
+    train = ["train", *words, "--model", "collapse-64", "--tokenizer", str(own), "--out", str(run)]
+    assert cli.main(train) == 0
+    own.rename(tmp_path / "elsewhere")
+    found = []
+    for name, more in (("run", None), ("packed", []), ("weights", ["--no-packed"])):
+        path = tmp_path / name
+        if more is not None:
+            assert cli.main(["export", str(run), str(path), *more]) == 0
+        capsys.readouterr()
+        evaluate = ["eval", str(path), "--data", str(text), "--device", "cpu", "--json"]  # in rows as trained
+        assert cli.main(evaluate) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] == found[2] and found[0]["seq_len"] == 16
+    heldout = load_corpus(text, tokenizer=str(tmp_path / "elsewhere")).heldout
+    assert found[0]["tokens"] == len(heldout) - 1
+    # Fine-tuning takes the tokenizer over too, from a run as from an export.
+    for name in ("run", "weights"):
+        tuned = tmp_path / f"tuned-{name}"
+        tune = ["train", *words, "--out", str(tuned), "--init-from", str(tmp_path / name), "--lr", "0"]
+        assert cli.main(tune) == 0
+        assert state(tuned)["source"]["tokenizer"] == state(run)["source"]["tokenizer"]  # type: ignore[index]
+        before, after = load_model(run), load_model(tuned)
+        assert after.config == before.config
+        assert torch.equal(after.embed_tokens.weight, before.embed_tokens.weight)
+    capsys.readouterr()
+    tune = ["train", *words, "--out", str(tmp_path / "x"), "--init-from", str(tmp_path / "packed")]
+    assert cli.main(tune) == 2
+    error = capsys.readouterr().err
+    assert "is a packed model, which has no weights to train" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(CheckpointError, match=r"is loaded by bitnet_ext\.formats"):
+        read_checkpoint(tmp_path / "weights")
 
 
 def test_document_masks_take_the_separator_of_the_tokenizer(

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from bitnet_ext.cli.options import add_device, add_switch, add_tokenizer
 
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_ext import metrics
-    from bitnet_ext.cli.checkpoint import corpus_of, run_state
+    from bitnet_ext.cli.checkpoint import corpus_of, run_state, training_numbers
     from bitnet_ext.cli.generate import load
     from bitnet_ext.data import unigram_log_probs
     from bitnet_ext.training.device import resolve_device
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(args.model, args.tokenizer, device, pack=args.pack)
     corpus = corpus_of(state, args.model, args.data, args.tokenizer)
     corpus.check_vocab(model.config.vocab_size)
-    settings: dict[str, Any] = {} if state is None else state.get("train_config") or {}
+    settings = training_numbers(state, args.model)
     seq_len = args.seq_len or min(settings.get("seq_len", 256), model.config.max_seq_len)
     predictions = min(args.tokens or len(corpus.heldout), len(corpus.heldout) - 1)
     if not args.json:

@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitnet_ext.cli import output
 from bitnet_ext.cli.options import (
@@ -20,6 +20,9 @@ from bitnet_ext.cli.options import (
 )
 from bitnet_ext.models.config import PRESETS, QUANTIZATIONS
 from bitnet_ext.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from bitnet_ext.cli.checkpoint import InitialWeights
 
 EPILOG = """\
 examples:
@@ -54,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--init-from",
+        type=Path,
         metavar="PATH",
-        help="begin with the weights of another run or checkpoint (fine-tuning): at step 0, with a schedule of its own",
+        help="begin with the weights of another run, a checkpoint or a model that was exported with --no-packed "
+        "(fine-tuning): at step 0, with a schedule of its own; network and tokenizer are those of PATH",
     )
     add_device(run)
     add_switch(
@@ -140,14 +145,15 @@ def _train(args: argparse.Namespace, out: Path, resuming: bool) -> int:
     if not resuming:
         _refuse_existing(out)
     state = _resumed_state(args, out) if resuming else None
-    corpus, model, config = _begin(args, out) if state is None else _again(args, out, state)
+    start = None if args.init_from is None else _initial(args)
+    corpus, model, config = _begin(args, start) if state is None else _again(args, out, state)
     trainer = Trainer(
         model,
         config,
         corpus,
         run_dir=out,
         device=args.device,
-        init_from=args.init_from,
+        init_from=None if start is None else start.weights,
     )
     program = "bitnet-ext"
     if trainer.world.size > 1:
@@ -170,7 +176,7 @@ def _train(args: argparse.Namespace, out: Path, resuming: bool) -> int:
     return 0
 
 
-def _begin(args: argparse.Namespace, out: Path) -> tuple[Any, Any, TrainConfig]:
+def _begin(args: argparse.Namespace, start: InitialWeights | None) -> tuple[Any, Any, TrainConfig]:
     """Text, model and settings of a new run."""
     config = TrainConfig(**given_config(args))  # before anything is loaded: it may be refused
     from bitnet_ext.data import load_corpus
@@ -178,13 +184,11 @@ def _begin(args: argparse.Namespace, out: Path) -> tuple[Any, Any, TrainConfig]:
     from bitnet_ext.training.device import resolve_device
 
     resolve_device(args.device)
-    network = None
-    if args.init_from is not None:
-        network = _network_of(args)
-    corpus = load_corpus(
-        DEFAULT_DATA if args.data is None else args.data,
-        tokenizer="gpt2" if args.tokenizer is None else args.tokenizer,
-    )
+    network = None if start is None else start.network
+    tokenizer = args.tokenizer
+    if tokenizer is None:
+        tokenizer = "gpt2" if start is None else start.tokenizer
+    corpus = load_corpus(DEFAULT_DATA if args.data is None else args.data, tokenizer=tokenizer)
     if network is None:
         # A vocabulary that is larger than the preset's is the tokenizer's.
         overrides = {"quantization": args.quantization or "b1.58"}
@@ -197,21 +201,19 @@ def _begin(args: argparse.Namespace, out: Path) -> tuple[Any, Any, TrainConfig]:
     return corpus, BitNetForCausalLM(network, seed=args.model_seed or 0), config
 
 
-def _network_of(args: argparse.Namespace) -> Any:
-    """The network of --init-from, which the options of the model must not contradict."""
-    from bitnet_ext.models import BitNetConfig
-    from bitnet_ext.training.checkpoint import CheckpointError, read_state, resolve_checkpoint
+def _initial(args: argparse.Namespace) -> InitialWeights:
+    """What --init-from names, which the options of the model must not contradict."""
+    import dataclasses
+
+    from bitnet_ext.cli.checkpoint import initial_weights
 
     for name in ("model", "model_seed"):
         if getattr(args, name) is not None:
             raise ValueError(f"train: {flag(name)} has no meaning with --init-from, whose network is taken")
-    path = resolve_checkpoint(args.init_from)
-    config = read_state(path)["state"].get("model_config")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"checkpoint {path} holds no BitNetConfig: it is of another model")
-    if args.quantization is not None:
-        config = config | {"quantization": args.quantization}
-    return BitNetConfig.from_dict(config)
+    start = initial_weights(args.init_from)
+    if args.quantization is None:
+        return start
+    return start._replace(network=dataclasses.replace(start.network, quantization=args.quantization))
 
 
 def _with_masks(config: TrainConfig, corpus: Any) -> TrainConfig:
@@ -265,17 +267,14 @@ def _again(args: argparse.Namespace, out: Path, state: dict[str, Any]) -> tuple[
                 "goes on with its own settings (--init-from begins another run with its weights)"
             )
     config = BitNetConfig.from_dict(network)
-    asked = {"quantization": args.quantization} if args.quantization is not None else {}
-    if args.model is not None:
-        wanted = preset(
-            args.model, vocab_size=config.vocab_size, **{"quantization": config.quantization, **asked}
-        )
-        if wanted != config:
-            raise ValueError(f"train: --model {args.model} is not the network of the run in {out}")
-    elif asked and asked["quantization"] != config.quantization:
+    if args.quantization not in (None, config.quantization):
         raise ValueError(
             f"train: --quantization is {args.quantization}, but the run in {out} has {config.quantization}"
         )
+    if args.model is not None:
+        wanted = preset(args.model, vocab_size=config.vocab_size, quantization=config.quantization)
+        if wanted != config:
+            raise ValueError(f"train: --model {args.model} is not the network of the run in {out}")
     corpus = corpus_of(state, out, args.data, args.tokenizer)
     free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
     settings = TrainConfig.from_dict(known.to_dict() | free)

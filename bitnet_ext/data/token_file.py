@@ -227,7 +227,7 @@ class TokenFileWriter:
     def __enter__(self) -> TokenFileWriter:
         with self._one_sentence():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_stale()
+            _remove_stale(self.path.parent, glob.escape(self.path.name))
             self._file = open(self._temporary, "xb")
         try:
             self._write(bytes(_HEADER_BYTES))  # The numbers are known at the end.
@@ -295,14 +295,6 @@ class TokenFileWriter:
             self._file.close()
             os.replace(self._temporary, self.path)
 
-    def _remove_stale(self) -> None:
-        """Removes what writers of this file left that were killed a day ago or earlier."""
-        limit = time.time() - _STALE_SECONDS
-        for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
-            with contextlib.suppress(OSError):
-                if left.stat().st_mtime < limit:
-                    left.unlink()
-
     def _write(self, data: bytes) -> None:
         assert self._file is not None, "TokenFileWriter is used outside its `with` block"
         with self._one_sentence():
@@ -325,6 +317,15 @@ class TokenFileWriter:
             told = OSError(f"cannot write the token file {self.path}: {reason}; nothing was left behind")
             told.errno = error.errno
             raise told from error
+
+
+def _remove_stale(folder: Path, names: str) -> None:
+    """Removes what writers of token files of these names (a pattern) left that were killed a day ago or earlier."""
+    limit = time.time() - _STALE_SECONDS
+    for left in folder.glob(f".{names}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < limit:
+                left.unlink()
 
 
 def default_cache_dir() -> Path:
@@ -399,6 +400,7 @@ def tokenize_cached(
         warnings.warn(f"{error}; it is built again", stacklevel=2)
     except OSError as error:
         raise _cache_error("read", path, error) from error
+    _remove_stale(folder, "*.tokens")  # also of texts that nobody reads again
     try:
         _tokenize(source, tokenizer, path, progress)
         return TokenFile.open(path)

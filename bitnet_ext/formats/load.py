@@ -28,6 +28,10 @@ _GPT2_SIZES = range(GPT2_VOCAB_SIZE, 50304 + 1)
 _TOLD = ("name", "description", "fingerprint", "num_tokens", "vocab_size")
 
 
+# Of a run's settings: with which its loss was measured.
+_EVALUATED_WITH = ("seq_len", "document_separator")
+
+
 class LoadedModel(NamedTuple):
     """A model and its tokenizer; None where nothing says which it is."""
 
@@ -65,7 +69,7 @@ def load_model(
         path = _checkpoint_folder(path)
         model = load_checkpoint(path, device)
         if dtype is not None:
-            _cast(model, dtype)
+            model.to(dtype)
     return LoadedModel(model, _tokenizer(path, model.config.vocab_size, tokenizer))
 
 
@@ -108,15 +112,8 @@ def export(
     if packed and not is_packed:
         model = pack_model(model, inplace=True, head=head)
     if dtype is not None:
-        _cast(model, dtype)
+        model.to(dtype)
     return save_pretrained(model, out, found, about=about)
-
-
-def _cast(model: BitNetForCausalLM, dtype: torch.dtype) -> None:
-    """Casts the parameters. The rotary table stays exact: rounded angles would be another model."""
-    cos, sin = model.cos, model.sin
-    model.to(dtype)
-    model.cos, model.sin = cos, sin
 
 
 def _checkpoint_folder(path: Path) -> Path:
@@ -167,13 +164,15 @@ def _unless_object(path: Path) -> Tokenizer | None:
 
 
 def _origin(run: Path) -> dict[str, Any]:
-    """Step and text of a checkpoint, and what a folder says about itself."""
+    """Step, context and text of a checkpoint, and what a folder says about itself."""
     if is_pretrained(run):
         return dict(read_config(run).get("about") or {})
     folder = _checkpoint_folder(run)
     content = read_state(folder)
     about: dict[str, Any] = {"step": content["step"]}
-    source = content["state"].get("source")
+    settings, source = (content["state"].get(key) for key in ("train_config", "source"))
+    if isinstance(settings, dict):
+        about["training"] = {key: settings[key] for key in _EVALUATED_WITH if key in settings}
     if isinstance(source, dict):
         about["source"] = {key: source[key] for key in _TOLD if key in source}
     return about

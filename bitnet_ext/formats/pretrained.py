@@ -8,7 +8,6 @@ config.json::
     model           the fields of BitNetConfig
     form            "packed" or "training"
     head            "keep" or "int8"
-    rotary_dtype    dtype of the rotary table, which is computed
     segments        rows of segments by name, for packed layers that have several weight scales
     shared          name -> first name of the same tensor, where tensors have several names
     files           bytes and sha256 of each tensor file
@@ -54,7 +53,6 @@ FORMAT, FORMAT_VERSION = "bitnet_ext", 1
 MAX_SHARD_BYTES = 5 * 10**9
 FORMS, HEADS = ("packed", "training"), ("keep", "int8")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_ROTARY_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 _OWN_FILES = (CONFIG_FILE, TENSOR_FILE, INDEX_FILE, TOKENIZER_JSON, RECORD_FILE, "tokenizer_config.json")
 
 
@@ -97,8 +95,6 @@ def save_pretrained(
         "form": _form(plain),
         "head": "int8" if isinstance(plain.lm_head, Int8Linear) else "keep",
         "dtype": str(plain.embed_tokens.weight.dtype).removeprefix("torch."),
-        # A cast of the model rounds its rotary table too, which is not stored.
-        "rotary_dtype": str(plain.cos.dtype).removeprefix("torch."),
         "segments": {
             name: list(module.segments)
             for name, module in _named_modules(plain)
@@ -161,8 +157,7 @@ def from_pretrained(
         )
         _check_tensors(model, reader, config["shared"])
         _read_tensors(model, reader, dtype)
-    rotary = _ROTARY_DTYPES[config["rotary_dtype"]]
-    model.cos, model.sin = (table.to(device, rotary) for table in rotary_table(model.config))
+    model.cos, model.sin = (table.to(device) for table in rotary_table(model.config))
     _share(model, config["shared"], folder)
     return (model.requires_grad_(False) if config["form"] == "packed" else model).eval()
 
@@ -200,8 +195,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key in ("segments", "shared"):
         if not isinstance(config.setdefault(key, {}), dict):
             raise FormatError(f"{path} is damaged: {key!r} must be an object")
-    config.setdefault("rotary_dtype", "float32")
-    for key, accepted in (("form", FORMS), ("head", HEADS), ("rotary_dtype", tuple(_ROTARY_DTYPES))):
+    for key, accepted in (("form", FORMS), ("head", HEADS)):
         if config.get(key) not in accepted:
             raise FormatError(f"{path} is damaged: {key!r} is {config.get(key)!r}, accepted are {accepted}")
     return config

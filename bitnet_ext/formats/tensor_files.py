@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -58,7 +59,10 @@ def write_tensors(
     def flush() -> None:
         nonlocal pending, size
         path = folder / f"shard-{len(shards)}"
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)  # by the umask; safetensors makes files for their owner only
         safetensors.torch.save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(mode)
         _sync(path)
         shards.append({name: value.nbytes for name, value in pending.items()})
         pending, size = {}, 0

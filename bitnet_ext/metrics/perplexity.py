@@ -122,6 +122,10 @@ def _bytes_of(ids: NDArray[np.int64], tokenizer: Decoder) -> int:
 
 
 def _checked(tokens: NDArray[Any] | Tensor) -> NDArray[Any]:
+    if hasattr(tokens, "heldout"):
+        raise TypeError(
+            "evaluate: tokens must be token ids, got a corpus: give its part, such as corpus.heldout"
+        )
     ids = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) < 2:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +205,16 @@ class BitNetForCausalLM(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BitNetForCausalLM:
+        """Moves the rotary table as any buffer. A cast (``model.bfloat16()``) leaves it as it is: rounded angles
+        would be another model.
+        """
+        exact = (self.cos, self.sin)
+        super()._apply(fn, recurse)
+        if self.cos.dtype != exact[0].dtype:
+            self.cos, self.sin = (table.to(self.cos.device) for table in exact)
+        return self
+
     @torch.no_grad()
     def _init_normal(self) -> None:
         std = self.config.init_std
@@ -255,7 +266,7 @@ class BitNetForCausalLM(nn.Module):
                 f"tokens, got {start + T}"
             )
         mask = None if documents is None else document_mask(documents, input_ids, cache)
-        # In float32, also in a model cast to bfloat16.
+        # In float32, also where a wrapper casts buffers.
         cos, sin = (
             (table[:T] if cache is None else cache.rows(table, T)).float() for table in (self.cos, self.sin)
         )

@@ -15,6 +15,9 @@ from bitnet_ext.nn.weight_cache import (
     resident_weights,
     weight_caches,
 )
+from bitnet_ext.nn.weight_readers import guard_registration
+
+guard_registration()
 
 __all__ = [
     "QUANTIZATIONS",

@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from bitnet_ext.nn.attention import BitMultiheadAttention
+from bitnet_ext.nn.bit_linear import BitLinear
+from bitnet_ext.nn.int8_linear import Int8Linear
+from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
 from bitnet_ext.nn.replace import Replacement
 
 #: What may be asked of a weight without computing with it.
@@ -70,6 +75,34 @@ def switch_off_fast_paths(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0  # read only to choose the fast path
         elif isinstance(module, nn.TransformerEncoder) and not all(_is_float(m) for m in module.layers):
             module.use_nested_tensor = False  # only the fast path takes nested tensors
+
+
+def guard_registration() -> None:
+    """Has every assignment of a layer of this package to a PyTorch module that reads its weight looked at.
+
+    ``encoder_layer.linear1 = BitLinear(...)`` switches off the encoder layer's fast path. ``attention.out_proj =
+    BitLinear(...)`` is a ValueError, because ``nn.MultiheadAttention`` always reads the weight itself.
+    """
+    register_module_module_registration_hook(_look_at)
+
+
+def _look_at(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if not isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention) or not _needs_a_call(child):
+        return
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0
+    elif name == "out_proj" and type(parent).forward is nn.MultiheadAttention.forward:
+        raise ValueError(
+            f"nn.MultiheadAttention: out_proj must be an nn.Linear, got {type(child).__name__}, whose weight would be "
+            "used in full precision; take bitnet_ext.nn.BitMultiheadAttention, or convert_linear"
+        )
+
+
+def _needs_a_call(module: nn.Module | None) -> bool:
+    """Whether a layer computes another thing than the product with its weight."""
+    if isinstance(module, BitLinear):
+        return module.is_quantized or module.norm_weight is not None
+    return isinstance(module, PackedBitLinear | Int8Linear | BitMultiheadAttention)
 
 
 def _is_float(layer: nn.Module) -> bool:

@@ -19,10 +19,18 @@ def describe(value: object) -> str:
     return f"a {type(value).__name__} of {len(value)}" if isinstance(value, Sized) else type(value).__name__
 
 
+def _not_an_int(op: str, name: str, value: object) -> Exception:
+    if torch.jit.is_tracing():  # sizes are tensors then
+        return RuntimeError(
+            f"{op}: torch.jit.trace and the ONNX exporter that uses it are not supported; use torch.export"
+        )
+    return TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+
+
 def integer(op: str, name: str, value: int, *, minimum: int | None = None) -> None:
     """Raises TypeError or ValueError unless `value` is an int of 64 bits, and at least `minimum`."""
     if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+        raise _not_an_int(op, name, value)
     if (minimum is not None and value < minimum) or (isinstance(value, int) and abs(value) >= 1 << 63):
         accepted = "within 64 bits" if minimum is None else f">= {minimum}"
         raise ValueError(f"{op}: {name} must be {accepted}, got {value}")
@@ -85,6 +93,11 @@ def tensor(
         raise TypeError(f"{op}: {name} must be a {names} tensor, got {describe(value)}")
     if value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must be of dtype {names}, got {describe(value)}")
+    if value.is_nested:
+        raise ValueError(
+            f"{op}: {name} must be a plain tensor, got a nested one (nn.TransformerEncoder makes none with "
+            "use_nested_tensor = False)"
+        )
     if dim is not None and value.dim() != dim:
         raise ValueError(f"{op}: {name} must have {dim} dimensions, got {describe(value)}")
     if value.dim() < min_dim:
@@ -109,7 +122,7 @@ def shape(op: str, name: str, value: Tensor, expected: Sequence[int], meaning: s
 
 def at_least_one(op: str, name: str, size: int, meaning: str) -> None:
     if not isinstance(size, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an int, got {describe(size)}")
+        raise _not_an_int(op, name, size)
     if size < 1 or (isinstance(size, int) and size >= 1 << 63):
         raise ValueError(f"{op}: {name} must have {meaning} >= 1, got {size}")
 

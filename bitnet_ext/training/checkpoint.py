@@ -190,9 +190,14 @@ def resolve_checkpoint(path: Path | str) -> Path:
             return newest
     if not path.exists():
         raise CheckpointError(f"{path} holds no checkpoint: there is no such folder")
+    hint = (
+        "; a saved model is loaded by bitnet_ext.formats.load_model"
+        if (path / "config.json").is_file()
+        else ""
+    )
     raise CheckpointError(
         f"{path} holds no checkpoint: it must be the folder of a run, of checkpoints (with latest.json) or of "
-        "one checkpoint (with state.json)"
+        f"one checkpoint (with state.json){hint}"
     )
 
 

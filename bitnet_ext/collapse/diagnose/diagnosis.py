@@ -150,6 +150,11 @@ def _not_judged(case: Case) -> list[str]:
             "unigram stage and over-confidence on held-out text: there is no held-out evaluation; "
             "give the run folder or checkpoint with --data NAME|PATH"
         )
+    elif case.last("unigram_cross_entropy") is None:
+        missing.append(
+            "unigram stage and over-confidence on held-out text: the evaluations of the run lack the loss of word "
+            "counts and the entropy; give the run folder or checkpoint with --data NAME|PATH"
+        )
     if not any(case.last(key) for key in SIZES):
         missing.append(
             "vanishing parameters: the file has no sizes of gains, head and embedding; give the run folder with its "
