@@ -98,3 +98,12 @@ def test_what_is_no_prompt() -> None:
         generate(network, [], 5)
     with pytest.raises(ValueError, match="attention_mask must be None"):
         generate(network, ROWS, 5, attention_mask=torch.ones(3, 7))  # type: ignore[call-overload]
+
+
+def test_a_model_of_another_kind_is_refused() -> None:
+    for model in (
+        torch.nn.Linear(4, 4),
+        torch.nn.Sequential(BitNetForCausalLM(preset("collapse-64", vocab_size=97), seed=0)),
+    ):
+        with pytest.raises(TypeError, match=r"model must be a BitNetForCausalLM, got \w+; a model of"):
+            generate(model, torch.zeros(1, 3, dtype=torch.int64), 2)  # type: ignore[call-overload]

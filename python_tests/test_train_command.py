@@ -211,6 +211,8 @@ def test_an_exported_model_keeps_its_own_tokenizer(
     error = capsys.readouterr().err
     assert "is a packed model, which has no weights to train" in error and len(error.splitlines()) == 1
     assert not (tmp_path / "x").exists()
+    assert cli.main(["train", "--resume", str(tmp_path / "weights")]) == 2
+    assert "is an exported model, which is no run to go on with" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"is loaded by bitnet_ext\.formats"):
         read_checkpoint(tmp_path / "weights")
 

@@ -240,8 +240,14 @@ def _refuse_existing(out: Path) -> None:
 def _resumed_state(args: argparse.Namespace, out: Path) -> dict[str, Any] | None:
     """The state of the run to go on with; None for one in --out that has no checkpoint yet, which begins anew."""
     from bitnet_ext.cli.checkpoint import run_state
+    from bitnet_ext.formats.pretrained import is_pretrained
 
     state = run_state(out)
+    if state is None and is_pretrained(out):
+        raise ValueError(
+            f"train: {out} is an exported model, which is no run to go on with; --init-from {out} begins a run with "
+            "its weights"
+        )
     if state is None and args.resume is not True:
         raise ValueError(f"train: {out} holds no checkpoint to go on from; --out {out} begins a run")
     return state

@@ -132,8 +132,14 @@ def generate(
         list of texts or of tensors int64 [T_i + new].
 
     Raises:
+        TypeError: the model is of another kind.
         ValueError: an argument is out of range; a text without a tokenizer.
     """
+    if not isinstance(getattr(getattr(model, "config", None), "max_seq_len", None), int):
+        raise TypeError(
+            f"generate: model must be a BitNetForCausalLM, got {type(model).__name__}; a model of transformers has a "
+            "generate of its own"
+        )
     if isinstance(prompt, Tensor):
         given = prompt
         if given.dim() != 2 or given.shape[1] < 1 or given.dtype != torch.int64:
