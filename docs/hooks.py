@@ -1,4 +1,4 @@
-"""Hooks of the site: a line ``HELP: train`` becomes the --help text of that subcommand."""
+"""Hooks of the site: a line ``HELP: train`` becomes the --help text of that subcommand, a role a link."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from typing import Any
 
 _HELP = re.compile(r"^HELP:(.*)$", re.MULTILINE)
 _FIELDS = re.compile(r"^FIELDS: TrainConfig$", re.MULTILINE)
+
+
+_ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>~?([\w.]+)(\(\))?</code>")
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Turns the cross-references of docstrings, such as :class:`bitnet_ext.nn.BitLinear`, into links."""
+
+    def link(match: re.Match[str]) -> str:
+        name = match[1]
+        return f'<autoref identifier="{name}" optional><code>{name.rsplit(".", 1)[-1]}</code></autoref>'
+
+    return _ROLE.sub(link, html)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
