@@ -108,7 +108,8 @@ def add_diagnose_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="NAME|PATH",
-        help="corpus on whose held-out part the checkpoint is evaluated as well; the one it was trained on",
+        help="corpus on whose held-out part the checkpoint is evaluated as well, by its own tokenizer; the one it was "
+        "trained on",
     )
     parser.add_argument(
         "--eval-tokens",

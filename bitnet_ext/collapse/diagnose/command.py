@@ -13,6 +13,8 @@ from bitnet_ext.collapse.diagnose.inputs import Case, add_heldout, read_case
 from bitnet_ext.collapse.diagnose.words import Evidence
 from bitnet_ext.collapse.results.status import STATUS
 from bitnet_ext.data.corpora import load_corpus
+from bitnet_ext.data.tokenizer_files import tokenizer_from_record
+from bitnet_ext.training.checkpoint import read_state
 from bitnet_ext.training.device import resolve_device
 
 EXIT_NONE, EXIT_TROUBLE, EXIT_USAGE = 0, 1, 2
@@ -37,10 +39,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _evaluate(case: Case, args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
-    corpus = load_corpus(args.data, progress=not args.json)
+    corpus = load_corpus(args.data, tokenizer=_tokenizer(case), progress=not args.json)
     if case.model is not None:
         corpus.check_vocab(case.model.vocab_size)
     add_heldout(case, corpus.train, corpus.heldout, max_tokens=args.eval_tokens, device=device)
+
+
+def _tokenizer(case: Case) -> Any:
+    """The tokenizer that the checkpoint tells; GPT-2's where it tells none."""
+    source = None if case.checkpoint is None else read_state(case.checkpoint)["state"].get("source")
+    record = source.get("tokenizer") if isinstance(source, dict) else None
+    return tokenizer_from_record(record) if isinstance(record, dict) else "gpt2"
 
 
 def as_dict(found: Diagnosis) -> dict[str, Any]:
