@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bitnet_ext.collapse import command
+from bitnet_ext.collapse import command, options
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.add_arguments(parser)
+    options.add_arguments(parser)
     return command.run(parser.parse_args())
 
 

@@ -16,10 +16,10 @@ PREFIX = "bitnet_ext.collapse."
 #: Package -> what it may import of the others; the modules beside them may import all.
 BELOW = {
     "results": set(),
-    "diagnose": {"results"},
+    "diagnose": {"options", "results"},
     "verdicts": {"results"},
     "pages": {"results", "verdicts"},
-    "instrument": {"results", "pages", "evaluator"},
+    "instrument": {"options", "results", "pages", "evaluator"},
 }
 
 

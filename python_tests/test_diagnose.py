@@ -21,11 +21,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from bitnet_ext.collapse.diagnose.command import add_arguments, as_text, run
+from bitnet_ext.collapse.diagnose.command import as_text, run
 from bitnet_ext.collapse.diagnose.diagnosis import NONE, UNKNOWN, Diagnosis, diagnose
 from bitnet_ext.collapse.diagnose.inputs import read_case
 from bitnet_ext.collapse.diagnose.sizes import initial_sizes
 from bitnet_ext.collapse.evaluator import CollapseEvaluator
+from bitnet_ext.collapse.options import add_diagnose_arguments
 from bitnet_ext.data import load_corpus
 from bitnet_ext.data.statistics import unigram_log_probs
 from bitnet_ext.metrics import weight_norms
@@ -202,7 +203,7 @@ def told(path: Path) -> Diagnosis:
 
 def command(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_diagnose_arguments(parser)
     return run(parser.parse_args([str(each) for each in arguments]))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitnet_ext.collapse import options
 from bitnet_ext.collapse.instrument import command, judging
 from bitnet_ext.collapse.instrument.check import InstrumentReport, instrument_check
 from bitnet_ext.collapse.instrument.judging import judge
@@ -237,7 +238,7 @@ def test_a_network_with_nan_is_measured_without_an_exception() -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    options.add_instrument_arguments(parser)
     args = parser.parse_args(["--data", str(tmp_path / "absent.txt"), "--out", str(tmp_path)])
     assert (args.model, args.eval_tokens, args.generation) == ("collapse-256", 4096, True)
     assert command.run(args) == 2

@@ -196,6 +196,7 @@ def test_an_exported_model_keeps_its_own_tokenizer(
     assert found[0] == found[1] == found[2] and found[0]["seq_len"] == 16
     heldout = load_corpus(text, tokenizer=str(tmp_path / "elsewhere")).heldout
     assert found[0]["tokens"] == len(heldout) - 1
+    assert cli.main(["collapse", "diagnose", str(run), "--data", str(text), "--device", "cpu"]) in (0, 1)
     # Fine-tuning takes the tokenizer over too, from a run as from an export.
     for name in ("run", "weights"):
         tuned = tmp_path / f"tuned-{name}"

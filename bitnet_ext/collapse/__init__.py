@@ -1,6 +1,6 @@
 """The collapse laboratory: why a small ternary model's predictions fall to two or three tokens, and what helps.
 
-``command``     ``bitnet-ext collapse``; ``progress`` is what it shows while it runs
+``command``     ``bitnet-ext collapse``; ``options`` are its options; ``progress`` is what it shows while it runs
 ``arms``        the arms: each a named change of the report's run
 ``blocks``      the factorial study as data: blocks of arms, each with its question
 ``study``       runs arms x seeds into one folder, resumably

@@ -6,15 +6,12 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from bitnet_ext.collapse.arms import ARMS
 from bitnet_ext.collapse.blocks import BLOCKS, FACTORIAL
-from bitnet_ext.collapse.diagnose import command as diagnose_command
-from bitnet_ext.collapse.instrument import command as instrument_command
 from bitnet_ext.collapse.pages import write_pages
 from bitnet_ext.collapse.pages.comparison_table import comparison_table
 from bitnet_ext.collapse.progress import ProgressBars
@@ -29,77 +26,6 @@ from bitnet_ext.training.device import resolve_device
 RUNS = Path("runs")
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the collapse experiments."""
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="arms to compare (see --list-arms)")
-    parser.add_argument("--steps", type=int, help="optimiser steps of each run")
-    parser.add_argument("--seeds", type=int, help="runs of each arm, with seeds 0, 1, ... (default 1)")
-    parser.add_argument(
-        "--data", metavar="NAME|PATH", help="wiki-leads (default), wikitext-2, or a text file or folder"
-    )
-    parser.add_argument("--model", metavar="PRESET", help="network (default collapse-256)")
-    parser.add_argument(
-        "--eval-tokens", type=int, metavar="N", help="held-out predictions of each evaluation"
-    )
-    parser.add_argument(
-        "--blocks",
-        nargs="+",
-        metavar="BLOCK",
-        help=f"blocks of the factorial study instead of arms: {', '.join(BLOCKS)} (see --list-blocks)",
-    )
-    parser.add_argument(
-        "--generation",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="measure generated text at the end of each run (default: on a GPU)",
-    )
-    parser.add_argument(
-        "--keep-weights",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="keep the final weights of each run, for `generate` and `diagnose --data` (default: no)",
-    )
-    parser.add_argument("--books", metavar="NAME|PATH", help="the larger text that block F reads")
-    parser.add_argument(
-        "--scale",
-        type=float,
-        help="share of its steps that each run of a block takes, to try a study out (default 1)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto (default), cpu, cuda, cuda:N, or several GPUs: cuda:0,cuda:1"
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=0,
-        help="processes a device that share the runs (default 0: this one)",
-    )
-    parser.add_argument(
-        "--together",
-        type=int,
-        default=1,
-        help="runs at a time in each process, on a GPU at most 16 (default 1)",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the study (default runs/collapse-<time>)"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the study in --out (default: the newest runs/collapse-*); --arms and --seeds may add to it",
-    )
-    parser.add_argument(
-        "--report",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="write table, figures and report at the end (default); `bitnet-ext collapse report DIR` does it later",
-    )
-    parser.add_argument("--list-arms", action="store_true", help="print the arms and stop")
-    parser.add_argument(
-        "--list-blocks", action="store_true", help="print the blocks of the factorial study and stop"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -143,28 +69,6 @@ def run(args: argparse.Namespace) -> int:
             print(out / name)
     print(f"report: {report}")
     return 0
-
-
-def add_subcommands(parser: argparse.ArgumentParser) -> None:
-    """Adds ``report``, ``diagnose`` and ``instrument`` to the parser of the experiments."""
-    commands = parser.add_subparsers(dest="action", metavar="report|diagnose|instrument")
-    report = commands.add_parser(
-        "report", help="write the report of a study from its runs, however far they got"
-    )
-    report.add_argument("folder", type=Path, metavar="DIR", help="folder of the study")
-    report.set_defaults(run_action=run_report)
-    diagnose = commands.add_parser("diagnose", help="say which kind of trouble a run of one's own shows")
-    diagnose_command.add_arguments(diagnose)
-    diagnose.set_defaults(run_action=diagnose_command.run)
-    check = commands.add_parser("instrument", help="check every metric on predictors of known health")
-    instrument_command.add_arguments(check)
-    check.set_defaults(run_action=instrument_command.run)
-
-
-def run_command(args: argparse.Namespace) -> int:
-    """``bitnet-ext collapse``: a subcommand, or the experiments when none is named."""
-    action: Callable[[argparse.Namespace], int] = getattr(args, "run_action", run)
-    return action(args)
 
 
 def run_report(args: argparse.Namespace) -> int:

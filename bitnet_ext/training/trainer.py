@@ -142,7 +142,8 @@ class Trainer:
             rate are taken over, settings are not compared.
         init_from: a checkpoint whose weights the run begins with, as in fine-tuning: at step 0, with moments of 0
             and the schedule of `config`. Names and shapes must agree. Its path as of
-            :func:`bitnet_ext.training.resolve_checkpoint`, also for start_from.
+            :func:`bitnet_ext.training.resolve_checkpoint`, also for start_from. An exported model needs no
+            init_from: give it as `model`.
         reset_moments: with start_from, begin with moments of 0 (bias corrections go on counting).
         snapshot_steps: steps after which a full checkpoint is kept in run_dir/snapshots.
 

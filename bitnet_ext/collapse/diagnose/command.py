@@ -9,39 +9,15 @@ import sys
 from typing import Any
 
 from bitnet_ext.collapse.diagnose.diagnosis import NONE, UNKNOWN, Diagnosis, diagnose
-from bitnet_ext.collapse.diagnose.inputs import ACCEPTED, Case, add_heldout, read_case
+from bitnet_ext.collapse.diagnose.inputs import Case, add_heldout, read_case
 from bitnet_ext.collapse.diagnose.words import Evidence
 from bitnet_ext.collapse.results.status import STATUS
 from bitnet_ext.data.corpora import load_corpus
+from bitnet_ext.data.tokenizer_files import tokenizer_from_record
+from bitnet_ext.training.checkpoint import read_state
 from bitnet_ext.training.device import resolve_device
 
 EXIT_NONE, EXIT_TROUBLE, EXIT_USAGE = 0, 1, 2
-DEFAULT_EVAL_TOKENS = 8192
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``diagnose``."""
-    parser.description = (
-        "Says which kind of trouble a run shows, by which numbers and which rule, and what to change. "
-        "Exit status: 0 when nothing is the matter, 1 when something is (or too little is known), 2 for bad input."
-    )
-    parser.add_argument("path", metavar="PATH", help=ACCEPTED)
-    parser.add_argument(
-        "--data",
-        metavar="NAME|PATH",
-        help="corpus on whose held-out part the checkpoint is evaluated as well; the one it was trained on",
-    )
-    parser.add_argument(
-        "--eval-tokens",
-        type=int,
-        default=DEFAULT_EVAL_TOKENS,
-        metavar="N",
-        help=f"held-out predictions with --data (default {DEFAULT_EVAL_TOKENS})",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="of the evaluation: auto (default), cpu, cuda or cuda:N"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,10 +39,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _evaluate(case: Case, args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
-    corpus = load_corpus(args.data, progress=not args.json)
+    corpus = load_corpus(args.data, tokenizer=_tokenizer(case), progress=not args.json)
     if case.model is not None:
         corpus.check_vocab(case.model.vocab_size)
     add_heldout(case, corpus.train, corpus.heldout, max_tokens=args.eval_tokens, device=device)
+
+
+def _tokenizer(case: Case) -> Any:
+    """The tokenizer that the checkpoint tells; GPT-2's where it tells none."""
+    source = None if case.checkpoint is None else read_state(case.checkpoint)["state"].get("source")
+    record = source.get("tokenizer") if isinstance(source, dict) else None
+    return tokenizer_from_record(record) if isinstance(record, dict) else "gpt2"
 
 
 def as_dict(found: Diagnosis) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from bitnet_ext import metrics
 from bitnet_ext._files import read_json
 from bitnet_ext.collapse.diagnose.sizes import SIZES, TensorFacts, initial_sizes, tensor_facts, weights_row
+from bitnet_ext.collapse.options import DIAGNOSE_ACCEPTS
 from bitnet_ext.collapse.results import Row, number, read_metrics
 from bitnet_ext.collapse.results.status import classify
 from bitnet_ext.data.statistics import unigram_log_probs
@@ -25,10 +26,6 @@ from bitnet_ext.models import BitNetConfig
 from bitnet_ext.training import TrainConfig, load_model, read_checkpoint
 from bitnet_ext.training.checkpoint import CheckpointError, latest_checkpoint, read_state
 from bitnet_ext.training.trainer import ENDED
-
-ACCEPTED = (
-    "a run folder, its metrics.jsonl, or a checkpoint of bitnet_ext (its folder, or its model.safetensors)"
-)
 
 
 @dataclass
@@ -121,7 +118,7 @@ def read_case(path: Path | str) -> Case:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"diagnose: PATH {str(path)!r} does not exist; accepted is {ACCEPTED}")
+        raise ValueError(f"diagnose: PATH {str(path)!r} does not exist; accepted is {DIAGNOSE_ACCEPTS}")
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".jsonl":
@@ -132,7 +129,7 @@ def read_case(path: Path | str) -> Case:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     raise ValueError(
-        f"diagnose: PATH {str(path)!r} is a {path.suffix or 'nameless'} file; accepted is {ACCEPTED} "
+        f"diagnose: PATH {str(path)!r} is a {path.suffix or 'nameless'} file; accepted is {DIAGNOSE_ACCEPTS} "
         "(pickled files are never opened)"
     )
 
@@ -150,7 +147,7 @@ def _read_folder(path: Path) -> Case:
     has_checkpoint = (path / "checkpoint" / "latest.json").is_file()
     if not (path / "metrics.jsonl").is_file() and not has_checkpoint:
         raise ValueError(
-            f"diagnose: PATH {str(path)!r} holds neither metrics.jsonl nor a checkpoint; accepted is {ACCEPTED}"
+            f"diagnose: PATH {str(path)!r} holds neither metrics.jsonl nor a checkpoint; accepted is {DIAGNOSE_ACCEPTS}"
         )
     case = Case(path, "run folder")
     if (path / "metrics.jsonl").is_file():
@@ -241,7 +238,7 @@ def _read_safetensors(path: Path) -> Case:
     if "final_norm.weight" not in tensors:
         raise ValueError(
             f"diagnose: PATH {str(path)!r} has no final_norm.weight: it is not a model of bitnet_ext; "
-            f"accepted is {ACCEPTED}"
+            f"accepted is {DIAGNOSE_ACCEPTS}"
         )
     case.notes.append(
         "no state.json beside the weights: their step, initialisation and quantisation are unknown"

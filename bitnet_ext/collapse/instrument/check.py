@@ -27,6 +27,7 @@ from bitnet_ext.collapse.instrument.predictors import (
     network_predictors,
 )
 from bitnet_ext.collapse.instrument.scales import Scale, Sizes, scales
+from bitnet_ext.collapse.options import INSTRUMENT_EVAL_TOKENS
 from bitnet_ext.collapse.results import Row
 from bitnet_ext.data.corpora import Corpus
 from bitnet_ext.data.statistics import token_counts, unigram_log_probs
@@ -35,7 +36,6 @@ from bitnet_ext.metrics.generation import PROMPTS as TEXTS
 from bitnet_ext.models import BitNetConfig
 from bitnet_ext.training.checkpoint import load_model
 
-EVAL_TOKENS = 4096
 SEQ_LEN = 31  # the report's rows of 32 tokens
 
 
@@ -68,7 +68,7 @@ def instrument_check(
     model_config: BitNetConfig,
     *,
     device: torch.device | str = "cpu",
-    max_tokens: int = EVAL_TOKENS,
+    max_tokens: int = INSTRUMENT_EVAL_TOKENS,
     seq_len: int = SEQ_LEN,
     checkpoint: Path | str | None = None,
     generation: bool = True,

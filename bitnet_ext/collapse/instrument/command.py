@@ -4,44 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from bitnet_ext.collapse.instrument.check import EVAL_TOKENS, instrument_check
+from bitnet_ext.collapse.instrument.check import instrument_check
 from bitnet_ext.collapse.instrument.page import instrument_table, write_instrument
 from bitnet_ext.data.corpora import load_corpus
 from bitnet_ext.models import preset
 from bitnet_ext.training.device import resolve_device
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the check."""
-    parser.add_argument(
-        "--data",
-        default="wiki-leads",
-        metavar="NAME|PATH",
-        help="text: wiki-leads (default), wikitext-2, a path",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument(
-        "--model", default="collapse-256", metavar="PRESET", help="network (default collapse-256)"
-    )
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="of a healthy network, to compare with"
-    )
-    parser.add_argument(
-        "--eval-tokens",
-        type=int,
-        default=EVAL_TOKENS,
-        metavar="N",
-        help=f"held-out positions (default {EVAL_TOKENS:,})",
-    )
-    parser.add_argument(
-        "--generation",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure generated text, too (default)",
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
 
 
 def run(args: argparse.Namespace) -> int:
