@@ -21,35 +21,23 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return _BLOCK.findall((GUIDE / page).read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all pages, as a reader has who follows them."""
-    return tmp_path_factory.mktemp("guide")
-
-
 def test_every_page_is_listed() -> None:
     assert len(PAGES) >= 10
     assert {path.name for path in GUIDE.glob("*.md")} == {"index.md", *PAGES}
+    assert all(map(blocks, PAGES))
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("guide")
-@pytest.mark.parametrize("page", PAGES)
-def test_page(page: str, folder: Path) -> None:
-    if page == "own-tokenizer.md":
-        pytest.importorskip("tokenizers")
-    scripts = sysconfig.get_path("scripts")
-    environment = os.environ | {
-        "PATH": f"{scripts}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "2",
-    }
-    found = blocks(page)
-    assert found
-    for language, text in found:
-        command = (
-            ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
-        )
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{page}:\n{text}\n{done.stdout}\n{done.stderr}"
+def test_pages(tmp_path: Path) -> None:
+    """One test, since a page goes on with what the pages before it have made."""
+    pytest.importorskip("tokenizers")
+    folders = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = os.environ | {"PATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    for page in PAGES:
+        for language, text in blocks(page):
+            shell = ["bash", "-euo", "pipefail", "-c", text]
+            done = subprocess.run(
+                shell if language == "bash" else [sys.executable, "-c", text],
+                cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{page}:\n{text}\n{done.stdout}\n{done.stderr}"

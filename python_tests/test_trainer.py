@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -220,7 +221,9 @@ def test_interrupt_leaves_a_resumable_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupt_in_process(number: signal.Signals, tmp_path: Path) -> None:
+def test_interrupt_in_process(number: signal.Signals, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    # Tests that were started in the background ignore some of them.
+    request.addfinalizer(functools.partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))
     trainer = Trainer(model(), CONFIG, stream(), run_dir=tmp_path, device="cpu")
     before = signal.getsignal(number)
 
