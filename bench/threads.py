@@ -2,7 +2,7 @@
 """What it costs to bound how long idle threads spin, on idle cores and beside other programs.
 
 Training steps of one network, with PyTorch's pool of threads in each of several ways: as OpenMP leaves it ("unbound"),
-as `import bitnet_ext` sets it ("default"), with other bounds, and with one thread. Each way is a process, since OpenMP
+as `import bitnet_ext` sets it on idle cores ("idle default") and on busy ones ("busy default"), with other bounds, and with one thread. Each way is a process, since OpenMP
 reads its settings once; the processes train in turns, one at a time, and ratios are taken turn by turn.
 
     python bench/threads.py                # on the cores as they are: idle ones, if nothing else runs
@@ -26,7 +26,7 @@ from bitnet_ext.testing.bench import device_name, environment, format_table, slu
 from bitnet_ext.testing.script import exit_status, positive
 
 HERE = Path(__file__).resolve().parent
-UNBOUND, DEFAULT, SINGLE = "unbound", "default", "one thread"
+UNBOUND, IDLE, BUSY, SINGLE = "unbound", "idle default", "busy default", "one thread"
 
 
 def variables_of(way: str) -> dict[str, str]:
@@ -35,7 +35,8 @@ def variables_of(way: str) -> dict[str, str]:
         return {}
     if way == SINGLE:
         return {"OMP_NUM_THREADS": "1"}
-    turns = _threads.SPIN_TURNS if way == DEFAULT else int(way)
+    defaults = {IDLE: _threads.SPIN_TURNS, BUSY: _threads.BUSY_SPIN_TURNS}
+    turns = defaults[way] if way in defaults else int(way)
     return {"GOMP_SPINCOUNT": str(turns), "KMP_BLOCKTIME": str(_threads.BLOCK_MILLISECONDS)}
 
 
@@ -89,7 +90,7 @@ def start(way: str, model: str, vocab_size: int | None) -> tuple[Connection, Any
 
 
 def run(args: argparse.Namespace) -> None:
-    ways = [UNBOUND, DEFAULT, *map(str, args.spins), SINGLE]
+    ways = [UNBOUND, IDLE, BUSY, *map(str, args.spins), SINGLE]
     started = {way: start(way, args.model, 512 if args.quick else None) for way in ways}
     context = multiprocessing.get_context("spawn")
     others = [context.Process(target=busy, daemon=True) for _ in range(args.busy)]
