@@ -2,8 +2,9 @@
 """What it costs to bound how long idle threads spin, on idle cores and beside other programs.
 
 Training steps of one network, with PyTorch's pool of threads in each of several ways: as OpenMP leaves it ("unbound"),
-as `import bitnet_ext` sets it on idle cores ("idle default") and on busy ones ("busy default"), with other bounds, and with one thread. Each way is a process, since OpenMP
-reads its settings once; the processes train in turns, one at a time, and ratios are taken turn by turn.
+as `import bitnet_ext` sets it on idle cores ("idle default") and on busy ones ("busy default"), with other bounds, and
+with one thread. Each way is a process, since OpenMP reads its settings once. The processes train in turns, one at a
+time, and ratios are taken turn by turn.
 
     python bench/threads.py                # on the cores as they are: idle ones, if nothing else runs
     python bench/threads.py --busy 2       # beside two programs that never stop
