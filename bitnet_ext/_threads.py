@@ -5,8 +5,8 @@ wheels for Linux, lets it spin for milliseconds: as long as another program's ti
 spinning thread holds the core that the thread it waits for needs, and training falls to a quarter of its speed.
 
 Two bounds, because neither serves both cases (bench/threads.py, collapse-256, two cores of an AMD EPYC): on idle cores
-10,000 turns cost 7 % and 100,000 nothing; beside other programs (load 11 to 22) 10,000 turns train 4.2 times as fast as
-the default. The load at the import decides.
+10,000 turns cost 2 to 7 % in three runs and 100,000 turns at most 2 %; beside other programs 10,000 turns train 1.5
+times (load 5 to 7) to 4.2 times (load 11 to 22) as fast as the default. The load at the import decides.
 
 Fewer threads would help as well, but their number changes how PyTorch's products are summed up: the same run would
 give other bits on a busy machine.
