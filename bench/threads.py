@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What it costs to bound how long idle threads spin, on idle cores and beside other programs.
+"""The cost of a bound on how long idle threads spin, on idle cores and on cores that other programs use.
 
 Training steps of one network, with PyTorch's pool of threads in each of several ways: as OpenMP leaves it ("unbound"),
 as `import bitnet_ext` sets it on idle cores ("idle default") and on busy ones ("busy default"), with other bounds, and

@@ -1,4 +1,4 @@
-"""What it costs that codes of ternary weights are never stale: they are made in every forward, or once per launch.
+"""The cost of codes that are never stale: ternary weights are quantised in every forward, or once per launch.
 
     python bench/weight_cache.py                  # on the best device; the row of two processes runs on the CPU
     python bench/weight_cache.py --device cpu --threads 2
@@ -153,7 +153,7 @@ def compare(
 
 
 def row(name: str, timings: dict[str, Timing], steps: int = 1) -> dict[str, Any]:
-    """Of timings of calls that make so many steps each."""
+    """One row of the table, from timings of calls that make `steps` steps each."""
     return {
         "name": name,
         "steps_per_call": steps,
@@ -236,7 +236,7 @@ COLUMNS = ("ms", "rule", "frozen", "vouched", "codes", "rule / vouched", "frozen
 
 
 def seconds_of(variant: dict[str, Any], name: str) -> float:
-    """Of a step; of the codes a call."""
+    """Seconds per step; for the codes, seconds per call."""
     return float(variant["seconds_per_call"]["median"] if name == CODES else variant["seconds_per_step"])
 
 

@@ -25,7 +25,7 @@ _INSTALL = "install the package with `pip install .`"
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    # A module for one Python, beside one for all, is left over from a build before these were for all.
+    # A module for one Python is left over from an older build if there is also one for every Python.
     suffixes = sorted(EXTENSION_SUFFIXES, key=lambda suffix: suffix != ".abi3.so")
     candidates = (folder / f"{name}{suffix}" for suffix in suffixes)
     return next((path for path in candidates if path.is_file()), None)

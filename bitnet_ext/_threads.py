@@ -5,8 +5,9 @@ wheels for Linux, lets it spin for milliseconds: as long as another program's ti
 spinning thread holds the core that the thread it waits for needs, and training falls to a quarter of its speed.
 
 Two bounds, because neither serves both cases (bench/threads.py, collapse-256, two cores of an AMD EPYC): on idle cores
-10,000 turns cost 2 to 7 % in three runs and 100,000 turns at most 2 %; beside other programs 10,000 turns train 1.5
-times (load 5 to 7) to 4.2 times (load 11 to 22) as fast as the default. The load at the import decides.
+10,000 turns cost 2 to 7 % in three runs and 100,000 turns 0 to 3 % in two; on busy cores 10,000 turns train 1.5 times
+(load 5 to 7) to 4.2 times (load 11 to 22) as fast as the default, and 100,000 turns do not help. The load at the import
+decides.
 
 Fewer threads would help as well, but their number changes how PyTorch's products are summed up: the same run would
 give other bits on a busy machine.
@@ -19,7 +20,7 @@ import sys
 import warnings
 from collections.abc import Container, MutableMapping
 
-#: Turns of GNU OpenMP's waiting loop (its default is 300,000), on idle cores and beside other programs.
+#: Turns of GNU OpenMP's waiting loop (its default is 300,000), on idle cores and on busy ones.
 SPIN_TURNS = 100_000
 BUSY_SPIN_TURNS = 10_000
 #: Milliseconds for which threads of LLVM's and Intel's OpenMP spin (their default is 200).
@@ -62,7 +63,7 @@ def busy_load() -> float | None:
 
 
 def warn_of_spinning(threads: int) -> None:
-    """Warns, once a process, where threads spin without a bound beside programs that need the cores.
+    """Warns, once per process, if threads spin without a bound while other programs need the cores.
 
     Args:
         threads: of PyTorch's pool.

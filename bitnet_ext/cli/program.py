@@ -78,7 +78,7 @@ def _run(words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except RuntimeError as error:
-        # What an operator refused, such as a forced instruction set; any other RuntimeError is a defect.
+        # An operator refused something, such as a forced instruction set; any other RuntimeError is a defect.
         if not str(error).startswith("bitnet_ext"):
             raise
         print(f"error: {str(error).strip()}", file=sys.stderr)

@@ -202,7 +202,7 @@ def _begin(args: argparse.Namespace, start: InitialWeights | None) -> tuple[Any,
 
 
 def _initial(args: argparse.Namespace) -> InitialWeights:
-    """What --init-from names, which the options of the model must not contradict."""
+    """The model that --init-from names. The options of the model must not contradict it."""
     import dataclasses
 
     from bitnet_ext.cli.checkpoint import initial_weights

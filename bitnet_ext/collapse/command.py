@@ -119,7 +119,7 @@ def _plan(config: StudyConfig) -> str:
 
 
 def _about_weights(config: StudyConfig) -> str:
-    """What the final weights take on disk, or would take."""
+    """The disk space that the final weights take, or would take."""
     sizes = []
     for name in {task.model for task in config.tasks() if not task.is_stem}:
         with torch.device("meta"):

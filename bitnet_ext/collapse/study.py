@@ -34,7 +34,7 @@ from bitnet_ext.training.distributed import World
 from bitnet_ext.training.run_lock import locked_run
 from bitnet_ext.training.together import MAX_SIDE_BY_SIDE
 
-#: What a run without settings does on a CPU: the arms that tell the story, in about four minutes on two cores.
+#: The default comparison on a CPU: the arms that tell the story, in about four minutes on two cores.
 CPU_ARMS = ("standard-lr", "label-smoothing", "adamw", "fp-twin")
 CPU_STEPS = 400
 CPU_EVAL_TOKENS = 2048

@@ -69,7 +69,7 @@ class Corpus:
         return len(self.train) + len(self.heldout)
 
     def source(self) -> dict[str, Any]:
-        """What the tokens are, as JSON: a checkpoint keeps it, and `corpus_from_source` loads the corpus by it.
+        """A description of the tokens, as JSON: a checkpoint keeps it, and `corpus_from_source` loads the corpus by it.
 
         Keys: name, origin, description, fingerprint, num_tokens, train_tokens, heldout_tokens, vocab_size,
         settings (arguments of `load_corpus`) and tokenizer (`Tokenizer.record`, or None).

@@ -14,7 +14,7 @@ from typing import Any
 from bitnet_ext.data.tokenizer import Tokenizer, TokenizerError, check_eos, is_failure
 
 TOKENIZER_JSON = "tokenizer.json"
-# Files beside a tokenizer.json that say which token ends a text.
+# Files in the folder of a tokenizer.json that say which token ends a text.
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _ID_FILES = ("generation_config.json", "config.json")
 # Names of that token where no file says.
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: Path, *, name: str | None = None) -> HuggingFaceTokenizer:
-        """Reads a tokenizer.json; the files beside it say which token ends a text.
+        """Reads a tokenizer.json; other files of its folder say which token ends a text.
 
         Raises:
             TokenizerError: the file is missing, unreadable or damaged.

@@ -91,7 +91,7 @@ class Tokenizer(ABC):
             return "".join(self._decode([i]) if self._knows(i) else _REPLACEMENT for i in known)
 
     def record(self) -> dict[str, Any]:
-        """What `tokenizer_from_record` needs, as JSON: a checkpoint keeps it."""
+        """The input of `tokenizer_from_record`, as JSON: a checkpoint keeps it."""
         return {
             "kind": self.kind,
             "name": self.name,

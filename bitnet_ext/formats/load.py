@@ -24,11 +24,11 @@ from bitnet_ext.training.checkpoint import load_model as load_checkpoint
 _GPT2_SIZES = range(GPT2_VOCAB_SIZE, 50304 + 1)
 
 
-# Of a run's text; not its place on the machine of whoever trained the model.
+# Facts about a run's text, without its path on the machine that trained the model.
 _TOLD = ("name", "description", "fingerprint", "num_tokens", "vocab_size")
 
 
-# Of a run's settings: with which its loss was measured.
+# The settings with which a run's loss was measured.
 _EVALUATED_WITH = ("seq_len", "document_separator")
 
 

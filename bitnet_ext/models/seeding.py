@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-#: What modules draw their initial parameters with; each takes a generator.
+#: The functions with which modules draw their initial parameters; each takes a generator.
 _DRAWS = frozenset(
     (
         nn.init.kaiming_normal_,

@@ -94,7 +94,7 @@ class Attention(nn.Module):
         cache: KVCache | None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Of ``norm(x + delta)``: the output, and that sum; mask: bool [B, 1, T, T] instead of the causal one."""
+        """The output for ``norm(x + delta)``, and the sum; mask: bool [B, 1, T, T] instead of the causal one."""
         norms = [norm] if self.input_norm is None else [norm, self.input_norm]
         layers = (self.q_proj, self.k_proj, self.v_proj)
         parts, x = norm_linear(x, delta, norms, layers, self.qkv_cache)

@@ -246,7 +246,7 @@ def _pack_head(layer: nn.Linear) -> Int8Linear:
 
 
 def _carry_over(old: nn.Module, new: nn.Module, computed: bool) -> None:
-    """What stays of a layer that is packed; not from what its weight was computed."""
+    """The state of a layer that stays when it is packed, without that from which its weight was computed."""
     own = {name for kind in (old._parameters, old._buffers, old._modules) for name in kind}
     replace.carry_over(old, new, leave=(*_TRAINING_ONLY, *(own if computed else ())))
     if computed:

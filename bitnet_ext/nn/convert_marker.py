@@ -1,4 +1,4 @@
-"""What a converted model's configuration says of its layers, so that a saved model is the same model when loaded.
+"""Describes the layers of a converted model in its configuration, so that a saved model loads as the same model.
 
 Models of transformers have a `config` that is saved with them. :func:`mark_conversion` puts a `quantization_config`
 into it; ``bitnet_ext.formats.transformers`` reads it. transformers alone warns that it does not know this

@@ -16,7 +16,9 @@ _CHUNK = 16 << 20
 
 
 def check_codes(name: str, packed: Tensor, N: int, K: int, *, shapes: bool = True) -> str | None:
-    """Of packed ternary codes: uint8 [N, ceil(K / 4)], no stored value of 3, and a tail of codes 0 in each row.
+    """A fault of packed ternary codes, or None.
+
+    Accepted: uint8 [N, ceil(K / 4)], no stored value of 3, and a tail of codes 0 in each row.
 
     Without `shapes` a tensor of another shape passes: whoever loads a state_dict reports it.
     """
@@ -38,7 +40,7 @@ def check_codes(name: str, packed: Tensor, N: int, K: int, *, shapes: bool = Tru
 
 
 def check_scale(name: str, scale: Tensor, segments: int, N: int, *, shapes: bool = True) -> str | None:
-    """Of weight scales: floating point, 1 or N of them or one a segment, finite and not negative."""
+    """A fault of weight scales, or None. Accepted: float, 1 or N or one per segment, finite, not negative."""
     accepted = (segments,) if segments else (1, N)
     if not scale.is_floating_point() or (shapes and scale.dtype != torch.float32):
         return f"{name} must be float32, got {scale.dtype}"
@@ -50,7 +52,7 @@ def check_scale(name: str, scale: Tensor, segments: int, N: int, *, shapes: bool
 
 
 def check_vector(name: str, vector: Tensor | None, size: int) -> str | None:
-    """Of a bias or a gain: None, or float32 [size]."""
+    """A fault of a bias or a gain, or None. Accepted: None, or float32 [size]."""
     if vector is not None and (vector.dtype != torch.float32 or tuple(vector.shape) != (size,)):
         return f"{name} must be float32 of shape {(size,)}, got {vector.dtype} of shape {tuple(vector.shape)}"
     return None

@@ -47,7 +47,7 @@ class Replacement:
 
 
 def plan(model: nn.Module, build: Build) -> list[Replacement]:
-    """What :func:`apply` has to do for everything below `model`. A module that occurs several times is built once."""
+    """The replacements that :func:`apply` makes below `model`. A module that occurs several times is built once."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)

@@ -118,7 +118,7 @@ _local = _Blocks()
 
 
 class FrozenWeights:
-    """What :func:`frozen_weights` yields: the codes that were made within the block so far."""
+    """The codes that were made within a block of :func:`frozen_weights` so far."""
 
     def __init__(self, slots: Mapping[WeightCache, _Slot]) -> None:
         self._slots = slots
@@ -202,7 +202,7 @@ def _stream_of(weight: Tensor) -> int:
 
 
 def _visible_state(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    """What a change of a weight often changes too. Not its address: FSDP2 frees and refills unchanged weights."""
+    """Facts that a change of a weight often changes too. The address is none: FSDP2 refills unchanged weights."""
     return [(None if w.is_inference() else w._version, w.shape, w.dtype, w.device) for w in weights]
 
 

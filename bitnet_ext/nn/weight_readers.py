@@ -20,7 +20,7 @@ from bitnet_ext.nn.int8_linear import Int8Linear
 from bitnet_ext.nn.packed_bit_linear import PackedBitLinear
 from bitnet_ext.nn.replace import Replacement
 
-#: What may be asked of a weight without computing with it.
+#: Attributes that may be read from a weight without computing with it.
 _HARMLESS = {
     "dtype",
     "device",

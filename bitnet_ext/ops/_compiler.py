@@ -1,4 +1,4 @@
-"""What :mod:`torch.compiler` offers, at no cost for `import`."""
+"""Marks of :mod:`torch.compiler` that do not import the compiler."""
 
 from __future__ import annotations
 

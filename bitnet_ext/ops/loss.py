@@ -479,7 +479,7 @@ def fake(
 
 
 def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient between forward and backward. float16 has too few exponents for a gradient without its scale."""
+    """The dtype of a gradient until the backward. float16 has too few exponents for a gradient without its scale."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

@@ -27,7 +27,7 @@ _WIDE = 90
 
 
 class Progress(Callback):
-    """What :meth:`Trainer.fit` shows by default.
+    """The default display of :meth:`Trainer.fit`.
 
     On a terminal: a header (network, device, text, steps, folder) and a bar with the loss and the time left.
     Elsewhere: the header and plain lines, the first one after the first step, without control characters.
@@ -109,7 +109,7 @@ class Progress(Callback):
             self._print(f"{steps} steps in {duration(seconds)}: {rate:.3g} steps/s, {tokens} tokens/s{loss}")
 
     def _describe(self) -> None:
-        # The loss stands first: tqdm cuts a line that is too long at its end.
+        # The loss comes first: tqdm cuts a line that is too long at its end.
         self._bar.set_description_str(f"loss {self._record['loss']:.3f}{self._heldout} ", refresh=False)
 
     def _line(self, trainer: Trainer, record: dict[str, Any]) -> str:
@@ -131,7 +131,7 @@ class Progress(Callback):
 
 
 def header(trainer: Trainer) -> list[str]:
-    """What a run is about to do, in a few lines."""
+    """A summary of the run that begins, in a few lines."""
     config, model = trainer.config, trainer.model
     total = sum(p.numel() for p in model.parameters())
     counts = model.num_parameters()

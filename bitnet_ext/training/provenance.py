@@ -26,7 +26,7 @@ from bitnet_ext.training.tensors import compiled_from
 #: A fingerprint reads so many blocks of so many ids, evenly spaced; of a shorter stream all ids.
 BLOCKS, BLOCK_TOKENS = 64, 4096
 
-#: What a Trainer takes as its training stream.
+#: Types that a Trainer takes as its training stream.
 TokenSource = NDArray[Any] | torch.Tensor | Sequence[int] | Corpus
 
 
@@ -108,7 +108,7 @@ def fingerprint(ids: NDArray[Any]) -> dict[str, Any]:
 
 
 def provenance(stream: TokenStream, device: torch.device) -> dict[str, Any]:
-    """What a checkpoint records beside settings and weights, as JSON values.
+    """The facts that a checkpoint records with settings and weights, as JSON values.
 
     ``tokens`` (:func:`fingerprint`), ``source`` (text, tokenizer; None where only ids were given), ``versions``,
     ``device``, ``command`` (the words of the command line) and ``created`` (when the trainer was made, UTC).

@@ -16,7 +16,7 @@ _NAME = "random_state"
 
 
 def random_state(config: TrainConfig, device: torch.device) -> dict[str, Tensor]:
-    """What to store beside the moments: the state of the CPU's generator, or nothing."""
+    """The tensors to store with the moments: the state of the CPU's generator, or none."""
     return {_NAME: torch.get_rng_state()} if config.backward == "int8" and device.type == "cpu" else {}
 
 

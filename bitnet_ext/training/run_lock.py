@@ -27,7 +27,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK, OWNER = "run.lock", "run.owner"
-#: Of flock, where a filesystem has no locks.
+#: Errors of flock on a filesystem without locks.
 _NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL))
 #: Seconds that a file may be without its holder's name, and how often it is looked at.
 _NAMING, _LOOKS = 0.5, 10

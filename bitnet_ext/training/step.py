@@ -102,7 +102,7 @@ class TrainStep:
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._number = self._step  # int64 [1], of the step that is being made or captured
-        # Of the weights that the optimiser updates, and of those that it leaves as they are.
+        # The codes of weights that the optimiser updates, and of weights that it leaves as they are.
         self._kept: list[tuple[WeightCache, list[Tensor], QuantizedWeight]] = []
         self._fixed: list[tuple[WeightCache, list[Tensor], QuantizedWeight]] = []
         self._resident: dict[WeightCache, QuantizedWeight] | None = None  # None before the first forward
@@ -294,7 +294,7 @@ class TrainStep:
         hooked = any(m._forward_pre_hooks or m._forward_hooks for m in modules)
         if hooked or self.config.accumulation == 1:
             return hooked
-        # What runs in a backward can change the weights of the next micro-batch.
+        # A hook that runs in a backward can change the weights of the next micro-batch.
         return any(m._backward_pre_hooks or m._backward_hooks for m in modules) or any(
             p._backward_hooks or p._post_accumulate_grad_hooks for p in self.optimizer.named.values()
         )

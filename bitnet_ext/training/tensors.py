@@ -36,7 +36,7 @@ def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def to_store(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a safetensors file can hold: each tensor once, contiguous, on the CPU, without common memory.
+    """Tensors as a safetensors file can hold them: each once, contiguous, on the CPU, without common memory.
 
     Returns:
         the tensors, and :func:`shared_names`.
